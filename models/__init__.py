@@ -1,0 +1,27 @@
+"""The zoo. Importing this package registers every variant with timm::
+
+    import models, timm
+    timm.create_model("attnscale_small_12", num_classes=10, img_size=32, patch_size=4)
+
+How to add a remedy: one file beside ``attnscale.py`` with the equation, a pure function on tensors and a subclass of
+the timm layer it changes; then one constructor-argument dict and its rows in ``deit.py`` and ``cait.py``. Its new
+parameters' names go into ``REMEDY_PARAMETERS``: a plain checkpoint may lack exactly these.
+
+How to add a backbone: one file beside ``deit.py`` with a size table, a ``_build`` function around timm's model class, the
+table of variants and ``default_cfgs``; then import it here.
+"""
+from . import cait, deit
+from .attnscale import AttnScaleAttention, AttnScaleTalkingHeadAttn
+from .featscale import FeatScaleBlock, FeatScaleLayerScaleBlock
+
+__all__ = [
+    "AttnScaleAttention", "AttnScaleTalkingHeadAttn", "FeatScaleBlock", "FeatScaleLayerScaleBlock",
+    "REMEDY_PARAMETERS", "cait", "deit", "is_remedy_parameter",
+]
+
+REMEDY_PARAMETERS = frozenset({"lamb", "lamb1", "lamb2"})
+
+
+def is_remedy_parameter(name: str) -> bool:
+    """Whether a parameter's full name (``blocks.3.attn.lamb``) is one that a remedy adds to its baseline."""
+    return name.rsplit(".", 1)[-1] in REMEDY_PARAMETERS
