@@ -7,8 +7,8 @@ How to add a remedy: one file beside ``attnscale.py`` with the equation, a pure 
 the timm layer it changes; then one constructor-argument dict and its rows in ``deit.py`` and ``cait.py``. Its new
 parameters' names go into ``REMEDY_PARAMETERS``: a plain checkpoint may lack exactly these.
 
-How to add a backbone: one file beside ``deit.py`` with a size table, a ``_build`` function around timm's model class, the
-table of variants and ``default_cfgs``; then import it here.
+How to add a backbone: one file beside ``deit.py`` with a size table, a ``_build`` function around timm's model class,
+the table of variants and ``default_cfgs``; then import it here.
 """
 from . import cait, deit
 from .attnscale import AttnScaleAttention, AttnScaleTalkingHeadAttn
@@ -16,7 +16,7 @@ from .featscale import FeatScaleBlock, FeatScaleLayerScaleBlock
 
 __all__ = [
     "AttnScaleAttention", "AttnScaleTalkingHeadAttn", "FeatScaleBlock", "FeatScaleLayerScaleBlock",
-    "REMEDY_PARAMETERS", "cait", "deit", "is_remedy_parameter",
+    "REMEDY_PARAMETERS", "cait", "deit", "is_remedy_parameter", "list_models",
 ]
 
 REMEDY_PARAMETERS = frozenset({"lamb", "lamb1", "lamb2"})
@@ -25,3 +25,8 @@ REMEDY_PARAMETERS = frozenset({"lamb", "lamb1", "lamb2"})
 def is_remedy_parameter(name: str) -> bool:
     """Whether a parameter's full name (``blocks.3.attn.lamb``) is one that a remedy adds to its baseline."""
     return name.rsplit(".", 1)[-1] in REMEDY_PARAMETERS
+
+
+def list_models() -> list[str]:
+    """Names of this zoo, smallest first within a family."""
+    return [name for module in (deit, cait) for name in module.default_cfgs]

@@ -7,7 +7,7 @@ start::
     A_hat = A_d + (1 + lamb) (A - A_d)                        (arXiv 2203.05962, AttnScale)
 
 ``A_d`` is constant, so ``A_hat V = A V + lamb (A V - mean(V))``: no N x N tensor is needed and any fused attention can
-compute ``A V``. :func:`attn_scale` is the dense definition, the oracle of the tests and of the analysis; the two modules
+compute ``A V``. ``attn_scale`` is the dense definition, the oracle of the tests and of the analysis; the two modules
 below use the closed form wherever it is exact.
 """
 import torch
@@ -78,9 +78,9 @@ class AttnScaleAttention(Attention):
 class AttnScaleTalkingHeadAttn(TalkingHeadAttn):
     """CaiT's talking-heads attention with AttnScale; fits the ``attn_block`` slot of timm's ``Cait``.
 
-    The remedy acts on the maps after the second head mixing, ``proj_w``, and is affine in them, so it folds exactly into
-    that mixing: weight ``(1 + lamb) W``, bias ``(1 + lamb) b - lamb / N``. N counts the patch tokens (CaiT's class token
-    joins later). Arguments as timm's ``TalkingHeadAttn``.
+    The remedy acts on the maps after the second head mixing, ``proj_w``, and is affine in them, so it folds exactly
+    into that mixing: weight ``(1 + lamb) W``, bias ``(1 + lamb) b - lamb / N``. N counts the patch tokens (CaiT's class
+    token joins later). Arguments as timm's ``TalkingHeadAttn``.
     """
 
     def __init__(self, dim: int, num_heads: int = 8, *args, device=None, dtype=None, **kwargs) -> None:

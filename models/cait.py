@@ -1,7 +1,8 @@
 """CaiT backbones: timm's ``Cait``, plain and with the remedies in the slots of its patch self-attention blocks.
 
-The class-attention blocks get no remedy. Names keep the capital letters of the CaiT checkpoints (``cait_S24_224``), which
-also keeps them apart from timm's own (``cait_s24_224``). Without a resolution in its name a model takes 384 px (M48: 448).
+The class-attention blocks get no remedy. Names keep the capital letters of the CaiT checkpoints (``cait_S24_224``),
+which also keeps them apart from timm's own (``cait_s24_224``). Without a resolution in its name a model takes 384 px
+(M48: 448).
 """
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs

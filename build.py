@@ -1,0 +1,289 @@
+"""Builds what a run is made of from the parsed arguments: its starting point, model, data loaders and trainer."""
+
+import argparse
+import logging
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import Mixup, resolve_data_config
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import checkpoints
+import datasets
+import engine
+import losses
+import models
+import optim
+import samplers
+import utils
+from options import ArgumentError, mixup_active
+from utils import World
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Start:
+    """Where a run begins: nowhere, at someone's weights, or inside a run of its own."""
+
+    source: str = ""
+    checkpoint: dict | None = None
+    full: bool = False  # the checkpoint is a whole training state, not only weights
+    epoch: int = 0
+    step: int = 0  # batches of that epoch that are done
+    meters: dict | None = None  # their running sums on this rank
+    max_accuracy: dict = field(default_factory=dict)
+
+
+def find_start(args: argparse.Namespace) -> Start:
+    """The file that the run begins with, read and checked; ``--output_dir``'s own checkpoint wins over ``--resume``."""
+    if args.auto_reload and args.output_dir and Path(args.output_dir).is_dir():
+        found = checkpoints.latest(args.output_dir)
+        if found is not None:
+            path, checkpoint = found
+            ignored = f" (--resume {args.resume} is ignored)" if args.resume else ""
+            _logger.info(f"auto-reload: continuing from {path}{ignored}")
+            return Start(str(path), checkpoint)
+    source = args.resume or args.finetune
+    return Start(source, checkpoints.read(source)) if source else Start()
+
+
+def num_classes(args: argparse.Namespace, start: Start) -> int:
+    """Classes of the head: ``--num-classes``, else counted from the data set.
+
+    A tree with only some of a named data set's classes (ImageNet's 1,000, say) gets a head for those; but a checkpoint
+    that is resumed with the data set's full head keeps it.
+    """
+    if args.num_classes is not None:
+        return args.num_classes
+    resumed = start.checkpoint is not None and not args.finetune
+    of_head = checkpoints.number_of_classes(start.checkpoint["model"]) if resumed else None
+    if args.throughput:
+        return of_head or 1000
+    counted = datasets.count_classes(args, is_train=not args.eval)
+    nominal = datasets.NOMINAL_CLASSES.get(args.data_set)
+    if nominal in (None, counted):
+        return counted
+    if of_head == nominal:
+        _logger.warning(
+            f"--data-path {args.data_path} holds {counted} of {args.data_set}'s {nominal} classes; the model keeps "
+            f"the {nominal} of {start.source}. Accuracy means something only if these folders are its first classes"
+        )
+        return nominal
+    _logger.warning(
+        f"--data-path {args.data_path} holds {counted} classes, {args.data_set} {nominal}: a head for {counted}"
+    )
+    return counted
+
+
+def build_model(args: argparse.Namespace, classes: int) -> nn.Module:
+    """The model of ``--model``; ``--drop`` goes where the paper's code has it, not to timm's ``drop_rate`` (the head)."""
+    if not timm.is_model(args.model):
+        near = get_close_matches(args.model, timm.list_models(), n=4, cutoff=0.5)
+        raise ArgumentError(
+            f"--model {args.model}: no such model; near: {', '.join(near) or 'none'} (see --list-models)"
+        )
+    kwargs = {"num_classes": classes}
+    if timm.get_pretrained_cfg(args.model).fixed_input_size:
+        kwargs["img_size"] = args.input_size
+    if args.drop:
+        kwargs |= {"pos_drop_rate": args.drop, "proj_drop_rate": args.drop}
+    if args.drop_path:
+        kwargs["drop_path_rate"] = args.drop_path
+    try:
+        model = timm.create_model(args.model, **(kwargs | args.model_kwargs))
+    except (TypeError, AssertionError) as error:
+        raise ArgumentError(
+            f"--model {args.model} cannot be built from {kwargs | args.model_kwargs} "
+            f"(--model-kwargs, --drop, --drop-path, --input-size): {error}"
+        ) from error
+    if args.distillation_type != "none":
+        if not hasattr(model, "set_distilled_training"):
+            raise ArgumentError(
+                f"--distillation-type {args.distillation_type}: --model {args.model} has no distillation token; take a "
+                "deit_*_distilled_* student"
+            )
+        model.set_distilled_training(True)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: World) -> None:
+    """Puts the checkpoint's weights into ``model`` and settles the epoch and step at which training goes on."""
+    saved = start.checkpoint or {}
+    found = (start.source, saved.get("epoch"), saved.get("step"))
+    utils.check_agreement(world, "the checkpoint found (file, epoch, step)", found)
+    if start.checkpoint is None:
+        start.epoch = args.start_epoch
+        return
+    finetune = bool(args.finetune) and start.source == args.finetune
+    missing = checkpoints.load_weights(
+        model,
+        start.checkpoint["model"],
+        source=start.source,
+        finetune=finetune,
+        may_be_missing=models.is_remedy_parameter,
+    )
+    start.full = not finetune and checkpoints.can_resume(start.checkpoint, missing)
+    if not start.full:
+        start.epoch = args.start_epoch
+        if not args.eval:
+            _logger.info(f"{start.source}: weights only, training starts at epoch {start.epoch}")
+        return
+    start.epoch, start.step = saved["epoch"] + 1, saved.get("step", 0)
+    start.max_accuracy = dict(saved.get("max_accuracy") or {})
+    then = saved.get("args") or {}
+    now = {name: getattr(args, name) for name in ("batch_size", "grad_accum", "seed")} | {
+        "world_size": world.world_size
+    }
+    changed = {name: f"{then[name]} -> {now[name]}" for name in now if then.get(name) not in (None, now[name])}
+    if changed:
+        _logger.warning(
+            f"resuming {start.source} with {changed}: from epoch {start.epoch} on, the order of the images, their "
+            "augmentation and the scaled learning rate differ from the uninterrupted run"
+        )
+    if start.step and {"world_size", "batch_size", "grad_accum"} & changed.keys():
+        _logger.warning(f"epoch {start.epoch} begins again: its first {start.step} batches were cut differently")
+        start.step = 0
+    if start.step:
+        start.meters = saved["meters"][str(world.rank)]
+
+
+def build_ema(args: argparse.Namespace, start: Start, model: nn.Module) -> ModelEmaV3 | None:
+    """The moving average: the checkpoint's where it has one, else a copy of the (loaded) model."""
+    saved = start.checkpoint.get("model_ema") if start.checkpoint else None
+    if args.eval and args.eval_ema and saved is None:
+        raise ArgumentError(f"--eval-ema: {start.source} holds no moving average of the weights")
+    if not (args.eval_ema if args.eval else args.model_ema):
+        return None
+    device = torch.device("cpu") if args.model_ema_force_cpu else None
+    ema = ModelEmaV3(model, decay=args.model_ema_decay, device=device)
+    if saved is not None and (start.full or args.eval):
+        checkpoints.load_weights(ema.module, saved, source=f"{start.source} (moving average)")
+    return ema
+
+
+def build_trainer(
+    args: argparse.Namespace,
+    start: Start,
+    model: nn.Module,
+    ema: ModelEmaV3 | None,
+    world: World,
+    amp_dtype: torch.dtype,
+) -> engine.Trainer:
+    """Optimizer, loss, mixing and wrappers around the loaded model."""
+    lr = optim.scaled_lr(args, world.world_size)
+    optimizer = optim.build_optimizer(args, model, lr)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=amp_dtype == torch.float16)
+    if start.full:
+        checkpoints.load_optimizer(optimizer, start.checkpoint["optimizer"])
+        if start.checkpoint.get("scaler"):
+            scaler.load_state_dict(start.checkpoint["scaler"])
+    mixup = (
+        Mixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=model.num_classes,
+        )
+        if mixup_active(args)
+        else None
+    )
+    teacher = build_teacher(args, model.num_classes, world.device)
+    criterion = losses.build_criterion(
+        mixup_active=mixup is not None,
+        smoothing=args.smoothing,
+        teacher=teacher,
+        distillation_type=args.distillation_type,
+        alpha=args.distillation_alpha,
+        tau=args.distillation_tau,
+    )
+    if args.torchcompile:
+        model.compile()  # in place: names of parameters stay as they are
+    wrapped = model
+    if world.distributed:
+        wrapped = DistributedDataParallel(
+            model,
+            gradient_as_bucket_view=True,
+            # DDP regroups the gradients after a process's first step, and from three processes on gloo then adds the
+            # ranks in another order: a resumed run would differ in the last bits. This flag switches regrouping off.
+            find_unused_parameters=world.device.type == "cpu" and world.world_size > 2,
+        )
+    return engine.Trainer(
+        wrapped,
+        model,
+        criterion,
+        optimizer,
+        scaler,
+        world.device,
+        amp_dtype,
+        mixup,
+        ema,
+        args.clip_grad,
+        args.grad_accum,
+    )
+
+
+def build_teacher(args: argparse.Namespace, classes: int, device: torch.device) -> nn.Module | None:
+    """The frozen teacher of ``--distillation-type``, with the weights of ``--teacher-path``."""
+    if args.distillation_type == "none":
+        return None
+    if not timm.is_model(args.teacher_model):
+        raise ArgumentError(f"--teacher-model {args.teacher_model}: no such model")
+    teacher = timm.create_model(args.teacher_model, num_classes=classes)
+    checkpoints.load_weights(teacher, checkpoints.read(args.teacher_path)["model"], source=args.teacher_path)
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> tuple[DataLoader | None, DataLoader]:
+    """The training loader (None with ``--eval``) and the evaluation loader, each this rank's share of its data set."""
+    data_config = resolve_data_config({}, model=model)
+    dataset_val, _ = datasets.build_dataset(False, args, data_config)
+    dataset_train = None if args.eval else datasets.build_dataset(True, args, data_config)[0]
+    sampler_train, sampler_val = samplers.build_samplers(
+        dataset_train,
+        dataset_val,
+        world_size=world.world_size,
+        rank=world.rank,
+        repeated_aug=args.repeated_aug,
+        seed=args.seed,
+        shard_eval=args.shard_eval,
+    )
+    common = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and world.device.type == "cuda"}
+    loader_val = datasets.build_loader(
+        dataset_val, sampler_val, batch_size=max(1, 3 * args.batch_size // 2), drop_last=False, **common
+    )
+    if args.eval:
+        return None, loader_val
+    batch_size = fit_batch_size(args, len(sampler_train))
+    return datasets.build_loader(
+        dataset_train, sampler_train, batch_size=batch_size, drop_last=True, **common
+    ), loader_val
+
+
+def fit_batch_size(args: argparse.Namespace, samples: int) -> int:
+    """``--batch-size``, or as much as a small data set has for each process (even, where batches are mixed)."""
+    batch_size = min(args.batch_size, samples)
+    if mixup_active(args):
+        batch_size -= batch_size % 2
+    if batch_size < 1:
+        raise datasets.DataError(
+            f"--data-path {args.data_path}: {samples} training sample(s) for each process and epoch are too few for a "
+            "batch; use fewer processes, or --mixup 0 --cutmix 0"
+        )
+    if batch_size < args.batch_size:
+        _logger.warning(
+            f"each process has {samples} samples in an epoch: --batch-size {args.batch_size} -> {batch_size}"
+        )
+    return batch_size

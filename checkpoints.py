@@ -1,0 +1,579 @@
+"""Checkpoints: one function that assembles one, one that writes it, one that reads any.
+
+A checkpoint is a plain dict with DeiT's keys, saved by ``torch.save``, so ``torch.load(path, weights_only=True)`` reads
+it anywhere. The zip archive's comment is ``sha256=<64 hex digits>`` over all bytes before the digits: one flipped bit
+or a missing tail is noticed before anything is parsed. Reading is weights-only always: no code in a file ever runs.
+"""
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import http.client
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import urlparse
+
+import safetensors.torch
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+CURRENT, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_prev.pth", "best_checkpoint.pth"
+PREFIXES = ("module.", "_orig_mod.")  # put before every name by DistributedDataParallel and torch.compile
+DIGEST_TAG = b"sha256="
+DIGEST_LENGTH = 64
+ZIP_START, ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
+OTHER_FORMATS = {
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"\x93NUMPY": "a numpy array",
+    b"\x89HDF": "an HDF5 file",
+    b"\x1f\x8b": "a gzip archive",
+    b"version https://git-lfs": "a git-lfs pointer, not the file itself",
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, written or used; the message names the file, the fault and the way out."""
+
+
+# ---- assemble ----
+
+
+def assemble(
+    *,
+    model: nn.Module,
+    model_ema: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: Any,
+    epoch: int,
+    step: int,
+    meters: Mapping[str, Any],
+    max_accuracy: Mapping[str, float],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """The full state of a training run. Random and learning-rate state are functions of (seed, epoch): not in it.
+
+    Args:
+        model: The model being trained; wrappers' name prefixes are removed.
+        model_ema: timm's ``ModelEmaV3`` (or its module), None without EMA.
+        optimizer: Its state is saved, as is the gradient scaler's if there is one.
+        scaler: Has ``state_dict()``, or None.
+        epoch: Last finished epoch, -1 when there is none.
+        step: Batches done of the epoch after it, 0 at the end of an epoch.
+        meters: Running sums of the unfinished epoch, empty at the end of an epoch.
+        max_accuracy: Best accuracies so far, in percent.
+        args: The parsed arguments; saved as a dict of JSON types, anything else as its ``str()``.
+    """
+    checkpoint = {
+        "model": _strip_prefixes(model.state_dict(), "the model"),
+        "model_ema": None if model_ema is None else _strip_prefixes(model_ema.state_dict(), "the EMA model"),
+        "optimizer": optimizer.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "epoch": int(epoch),
+        "step": int(step),
+        "meters": _plain(meters),
+        "max_accuracy": _plain(max_accuracy),
+        "args": _plain(vars(args)),
+        "format": FORMAT,
+    }
+    return _to_cpu(checkpoint)
+
+
+def _plain(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of JSON types only: numpy values and tensors become numbers, anything else (a path, a dtype) its str."""
+
+    def plain_value(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else str(value)
+
+    return json.loads(json.dumps(dict(mapping), default=plain_value))
+
+
+def _to_cpu(value: Any) -> Any:
+    """Tensors moved to the CPU: a file with CUDA tensors needs map_location on a machine without CUDA."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: _to_cpu(entry) for key, entry in value.items()}
+    return type(value)(_to_cpu(entry) for entry in value) if type(value) in (list, tuple) else value
+
+
+def _strip_prefixes(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    stripped: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        while name.startswith(PREFIXES):
+            name = name.split(".", 1)[1]
+        if name in stripped:
+            raise CheckpointError(f"{source}: '{name}' occurs twice, with and without a {' or '.join(PREFIXES)} prefix")
+        stripped[name] = tensor
+    return stripped
+
+
+# ---- write ----
+
+
+def save(checkpoint: dict[str, Any], folder: str | Path, *, is_best: bool = False, keep: int = 0) -> None:
+    """Writes ``checkpoint.pth``; further names of it are hard links and cost no space until the next save.
+
+    Args:
+        checkpoint: From `assemble`.
+        folder: The output folder, which must exist.
+        is_best: Also make it ``best_checkpoint.pth``.
+        keep: If positive and this is the end of an epoch, also keep it as ``checkpoint_<epoch, four digits>.pth`` and
+            remove all but the ``keep`` most recently written of these. 0 leaves them alone.
+
+    Raises:
+        CheckpointError: It could not be written; the checkpoints already there are untouched.
+    """
+    folder = Path(folder)
+    current = folder / CURRENT
+    write(checkpoint, current)
+    try:
+        if is_best:
+            _duplicate(current, folder / BEST)
+        if keep > 0 and checkpoint["step"] == 0 and checkpoint["epoch"] >= 0:
+            _duplicate(current, folder / f"checkpoint_{checkpoint['epoch']:04d}.pth")
+            for old in _numbered(folder)[keep:]:
+                old.unlink()
+    except OSError as error:
+        raise CheckpointError(f"{current} was written, but its copies in {folder} could not be: {error}") from error
+
+
+def write(checkpoint: dict[str, Any], path: str | Path, *, keep_previous: bool = True) -> None:
+    """Writes a checkpoint with its digest so that a kill or power loss at any instant leaves a good file.
+
+    The new file is complete and on the disk under a temporary name before it takes the place of the old one, and the
+    old one becomes ``<stem>_prev.pth`` only after that, so even a damaged old file never replaces the last good one.
+
+    Raises:
+        CheckpointError: It could not be written (disk full, read-only folder); what was there is untouched.
+    """
+    path = Path(path)
+    for abandoned in path.parent.glob("*checkpoint*.pth.????????.tmp"):
+        _discard(abandoned)  # of a save that was killed
+    temporary, old = _temporary_name(path), _temporary_name(path)
+    try:
+        with open(temporary, "x+b") as file:
+            torch.save(checkpoint, file)
+            _append_digest(file)
+            file.flush()
+            os.fsync(file.fileno())
+        previous = path.with_name(f"{path.stem}_prev{path.suffix}")
+        if keep_previous and path.exists():
+            try:
+                os.link(path, old)
+            except OSError:  # no hard links here (FUSE, FAT, another owner): a moment with the previous file only
+                _rename(path, previous)
+        _rename(temporary, path)
+        if old.exists():
+            _rename(old, previous)
+    except (OSError, RuntimeError) as error:
+        # While a failed write is on its way out, torch's writer raises a RuntimeError about its position.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise CheckpointError(
+            f"{path} could not be written ({_first_line(cause)}); earlier checkpoints are untouched: "
+            "free some space, or choose another --output_dir"
+        ) from error
+    finally:
+        _discard(temporary)
+        _discard(old)
+
+
+def _append_digest(file: BinaryIO) -> None:
+    """Turns the end of the zip archive just written into one with the digest as its comment (APPNOTE 4.3.16)."""
+    end = file.seek(-22, os.SEEK_END)
+    record = file.read()
+    if not record.startswith(ZIP_END) or record[-2:] != b"\0\0":
+        raise RuntimeError("torch.save did not end the file with a plain zip end record")
+    file.seek(end + 20)
+    file.write((len(DIGEST_TAG) + DIGEST_LENGTH).to_bytes(2, "little") + DIGEST_TAG)
+    digest = _sha256(file, file.tell())
+    file.seek(0, os.SEEK_END)
+    file.write(digest)
+
+
+def _sha256(file: BinaryIO, length: int) -> bytes:
+    """Hex digits of the hash of the first ``length`` bytes."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while length > 0 and (block := file.read(min(length, 1 << 20))):
+        digest.update(block)
+        length -= len(block)
+    return digest.hexdigest().encode()
+
+
+def _duplicate(source: Path, target: Path) -> None:
+    """Gives a file a second name in one step, by a hard link, or by a copy where there are none."""
+    temporary = _temporary_name(target)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copy2(source, temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        _rename(temporary, target)
+    finally:
+        _discard(temporary)
+
+
+def _discard(temporary: Path) -> None:
+    with contextlib.suppress(OSError):  # gone already, or a read-only folder: the error to report is another one
+        temporary.unlink()
+
+
+def _rename(source: Path, target: Path) -> None:
+    os.replace(source, target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(folder)
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """The files kept by ``keep``, last written first: numbers of an earlier, longer run must not win."""
+    files = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint_\d{4,}\.pth", path.name)]
+    return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+# ---- read ----
+
+
+def read(source: str | Path) -> dict[str, Any]:
+    """Reads any checkpoint file, weights-only: nothing in it is executed.
+
+    Accepted are ``torch.save`` files (zip or the older format) and safetensors, told apart by content, holding a bare
+    state dict, ``{"model": ...}``, ``{"state_dict": ...}`` or only the EMA's weights (``model_ema``,
+    ``state_dict_ema``); ``args`` may be a Namespace, as DeiT saves it. Our own files need their digest, other zip files
+    are checked by their records' CRC. Bits flipped in the tensors of the two remaining formats cannot be noticed.
+
+    Args:
+        source: A path, or an http(s) URL; a download stays in ``torch.hub.get_dir()`` and is not looked up again.
+
+    Returns:
+        All entries of the file; ``model`` (and ``model_ema``, if there) is a state dict without wrapper prefixes,
+        ``args`` a dict. Tensors are on the CPU.
+
+    Raises:
+        CheckpointError: Nothing there, damaged, another kind of file, refused, or without a state dict.
+    """
+    if not str(source).startswith(("http://", "https://")):
+        return _read_file(Path(source).expanduser(), str(source))
+    path = _download(str(source))
+    try:
+        return _read_file(path, str(source))
+    except CheckpointError:
+        path.unlink(missing_ok=True)  # else a broken download would be found again by every later run
+        raise
+
+
+def latest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest good checkpoint this repository wrote into a folder, as (path, checkpoint); None if there is none.
+
+    Order: ``checkpoint.pth``, the one before it, then the numbered ones. A damaged one is skipped with a warning.
+
+    Raises:
+        CheckpointError: There are checkpoints, but every one is damaged; never a silent start from scratch.
+    """
+    folder = Path(folder)
+    try:
+        candidates = [folder / name for name in (CURRENT, PREVIOUS) if name in os.listdir(folder)] + _numbered(folder)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot look for a checkpoint to reload ({error.strerror})") from error
+    for path in candidates:
+        try:
+            return path, _read_file(path, str(path), own=True)
+        except CheckpointError as error:
+            logger.warning("skipping a checkpoint that cannot be used: %s", error)
+    if candidates:
+        names = ", ".join(path.name for path in candidates)
+        raise CheckpointError(
+            f"{folder}: none of its checkpoints can be used ({names}): use --resume with another file "
+            f"(such as its {BEST}) and another --output_dir, or remove them to start from scratch"
+        )
+    return None
+
+
+def _download(url: str) -> Path:
+    name = Path(urlparse(url).path).name or "checkpoint"
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    hash_prefix = re.search(r"-([a-f0-9]{8,})\.", name)  # the field's naming: deit_small_patch16_224-cd65a155.pth
+    if hash_prefix is None:  # many checkpoints are called checkpoint.pth
+        folder = folder / hashlib.sha256(url.encode()).hexdigest()[:16]
+    path = folder / name
+    if path.exists():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        prefix = hash_prefix and hash_prefix.group(1)
+        torch.hub.download_url_to_file(url, str(path), prefix, progress=sys.stderr.isatty())
+    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
+        way_out = "check the address, or download it by other means and pass the file"
+        raise CheckpointError(f"{url}: the download failed ({_first_line(error)}): {way_out}") from error
+    return path
+
+
+def _read_file(path: Path, source: str, own: bool = False) -> dict[str, Any]:
+    """``own``: the file must carry our digest, as every file that auto-reload may take."""
+    try:
+        with open(path, "rb") as file:
+            return _unpack(_load(file, source, own), source)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{source}: no such file: check the path") from error
+    except IsADirectoryError as error:
+        raise CheckpointError(f"{source}: is a folder: name the file in it, such as {path / CURRENT}") from error
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be opened ({error.strerror}): check its permissions") from error
+
+
+def _load(file: BinaryIO, source: str, own: bool) -> Any:
+    head, size = file.read(512), os.fstat(file.fileno()).st_size
+    again = "copy or download it again"
+    is_zip = head.startswith(ZIP_START)
+    is_safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000  # its own header limit
+    if not is_zip and not is_safetensors and not head.startswith(b"\x80"):
+        found = next((kind for start, kind in OTHER_FORMATS.items() if head.startswith(start)), None)
+        found = found or ("empty" if not head else "a text file" if b"\0" not in head and head.isascii() else "unknown")
+        raise CheckpointError(f"{source}: is not a checkpoint (.pth or .safetensors), its content is {found}: {again}")
+    digest = _stored_digest(file, size)
+    if digest is not None and digest != _sha256(file, size - DIGEST_LENGTH):
+        raise CheckpointError(f"{source}: is damaged, its SHA-256 digest does not fit its content: {again}")
+    no_digest = f"{source}: has no SHA-256 digest at its end, so it is cut short or was not written by this repository"
+    if own and digest is None:
+        raise CheckpointError(f"{no_digest}: pass files from elsewhere with --resume")
+    file.seek(0)
+    try:
+        if is_safetensors:
+            return safetensors.torch.load(file.read())
+        if is_zip and digest is None and (record := zipfile.ZipFile(file).testzip()):
+            raise zipfile.BadZipFile(f"wrong CRC of record {record}")
+        file.seek(0)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # on foreign data the three parsers fail in any way, up to KeyError and MemoryError
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise CheckpointError(
+                f"{source}: refused, it asks for the Python object {refused.group(1)}; nothing in it was executed: "
+                "ask its author for a file of tensors only (a state dict or .safetensors)"
+            ) from error
+        raise CheckpointError(
+            f"{source}: cannot be read as a checkpoint, truncated or damaged ({_first_line(error)}): {again}"
+        ) from error
+    if digest is None and isinstance(loaded, dict) and "format" in loaded:
+        raise CheckpointError(f"{no_digest}: {again}")
+    return loaded
+
+
+def _stored_digest(file: BinaryIO, size: int) -> bytes | None:
+    file.seek(max(0, size - len(DIGEST_TAG) - DIGEST_LENGTH))
+    tail = file.read()
+    return tail[len(DIGEST_TAG) :] if tail.startswith(DIGEST_TAG) else None
+
+
+def _unpack(loaded: Any, source: str) -> dict[str, Any]:
+    """Brings every accepted layout to one: ``model`` is the state dict, ``model_ema`` the EMA's if there is one."""
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{source}: holds a {type(loaded).__name__}, no state dict: pass a model's checkpoint")
+    found = dict(loaded)
+    for timm_key, key in (("state_dict", "model"), ("state_dict_ema", "model_ema")):
+        if timm_key in found and key not in found:
+            found[key] = found.pop(timm_key)
+    if found.get("model") is None:
+        found = {**found, "model": found["model_ema"]} if found.get("model_ema") else {"model": loaded}
+    for key in ("model", "model_ema"):
+        state_dict = found.get(key)
+        if state_dict is None and key == "model_ema":
+            continue
+        if (
+            not isinstance(state_dict, dict)
+            or not state_dict
+            or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state_dict.items())
+        ):
+            keys = ", ".join(map(str, list(loaded)[:10]))
+            raise CheckpointError(
+                f"{source}: no state dict in it (its keys: {keys or 'none'}): expected names and tensors, "
+                "either bare or under 'model' or 'state_dict'"
+            )
+        found[key] = _strip_prefixes(state_dict, source)
+    if isinstance(found.get("args"), argparse.Namespace):
+        found["args"] = dict(vars(found["args"]))
+    if isinstance(found.get("format"), int) and found["format"] > FORMAT:
+        raise CheckpointError(f"{source}: has format {found['format']}, newer than {FORMAT}: update this repository")
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    """An error in one line, without torch's advice to load unsafely."""
+    text = str(error).rpartition("WeightsUnpickler error: ")[2].split(" In PyTorch 2.6")[0].strip()
+    return f"{type(error).__name__}: {text[:200].splitlines()[0]}" if text else type(error).__name__
+
+
+# ---- use ----
+
+
+def load_weights(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    *,
+    source: str,
+    may_be_missing: Callable[[str], bool] = lambda name: False,
+    finetune: bool = False,
+) -> list[str]:
+    """Loads weights and accounts for every name: strictly, but for the exceptions named here, in one log line.
+
+    Args:
+        model: The bare model; unchanged if this raises.
+        state_dict: ``read(...)["model"]``.
+        source: Where it came from, for messages.
+        may_be_missing: Says of a parameter's name whether it may keep its initial value (the remedies' ``lamb*``).
+        finetune: As DeiT's fine-tuning does, leave out a classifier with another number of classes, interpolate
+            ``pos_embed`` to the model's grid, and leave out the distillation token and head if the model has none.
+
+    Returns:
+        Names that kept their initial values.
+
+    Raises:
+        CheckpointError: With the names that are missing, unexpected or of another shape.
+    """
+    wanted = model.state_dict()
+    given, fresh, notes = _adapt(model, wanted, state_dict) if finetune else (dict(state_dict), set(), [])
+    problems = _problems(wanted, given, fresh, may_be_missing)
+    if problems:
+        way_out = "is it the checkpoint of another --model, or do --model-kwargs differ?"
+        if not finetune:
+            adapted, fresh, _ = _adapt(model, wanted, state_dict)
+            if not _problems(wanted, adapted, fresh, may_be_missing):
+                way_out = "only the classifier, the image size or distillation differ: pass the file with --finetune"
+        raise CheckpointError(f"{source}: does not fit the model; {'; '.join(problems)}: {way_out}")
+    missing = [name for name in wanted if name not in given]
+    model.load_state_dict({**wanted, **given}, strict=True)
+    if missing:
+        notes.append(f"left at initial value: {_summary(missing)}")
+    logger.info("%s", "; ".join([f"loaded {len(given)} of {len(wanted)} tensors from {source}", *notes]))
+    return missing
+
+
+def _problems(
+    wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], fresh: set[str], may_be_missing: Callable[[str], bool]
+) -> list[str]:
+    found = {
+        "missing": [n for n in wanted if n not in given and n not in fresh and not may_be_missing(n)],
+        "unexpected": [name for name in given if name not in wanted],
+        "of another shape": [
+            f"{name} {tuple(given[name].shape)} in the file, {tuple(tensor.shape)} in the model"
+            for name, tensor in wanted.items()
+            if name in given and given[name].shape != tensor.shape
+        ],
+    }
+    return [
+        f"{len(names)} {kind}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
+        for kind, names in found.items()
+        if names
+    ]
+
+
+def _adapt(
+    model: nn.Module, wanted: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], set[str], list[str]]:
+    """Fits a state dict to a model with other classes, another grid or no distillation token.
+
+    Returns:
+        The new state dict, the classifier names that stay at their initial values, and a note on each change.
+    """
+    given, fresh, notes = dict(state_dict), set(), []
+    # How many of pos_embed's entries belong to cls/dist tokens: 0 in CaiT, whose class token has none.
+    prefix = wanted["pos_embed"].shape[1] - model.patch_embed.num_patches if "pos_embed" in wanted else 0
+    if "dist_token" in given and "dist_token" not in wanted:
+        given = {n: t for n, t in given.items() if n != "dist_token" and not n.startswith("head_dist.")}
+        notes.append("dropped dist_token and head_dist (a distilled checkpoint, a plain model)")
+        if prefix and "pos_embed" in given:  # the entry after the class token's is the distillation token's
+            given["pos_embed"] = torch.cat([given["pos_embed"][:, :prefix], given["pos_embed"][:, prefix + 1 :]], dim=1)
+
+    classifier = model.get_classifier()
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)
+    for head in [name for name, module in model.named_modules() if any(module is head for head in heads)]:
+        weight = f"{head}.weight"
+        in_model = len(wanted[weight]) if weight in wanted else 0
+        if weight in given and len(given[weight]) != in_model:
+            notes.append(f"dropped {head} ({len(given[weight])} classes in the file, {in_model} in the model)")
+            given = {name: tensor for name, tensor in given.items() if not name.startswith(f"{head}.")}
+            fresh |= {name for name in wanted if name.startswith(f"{head}.")}
+
+    if "pos_embed" in wanted and "pos_embed" in given and given["pos_embed"].dim() == 3:
+        grid, tokens = tuple(model.patch_embed.grid_size), given["pos_embed"].shape[1] - prefix
+        side = math.isqrt(max(tokens, 0))
+        if tokens != grid[0] * grid[1] and tokens == side * side > 0:
+            given["pos_embed"] = resample_abs_pos_embed(
+                given["pos_embed"], list(grid), [side, side], prefix, interpolation="bicubic", antialias=False
+            )  # DeiT's main.py; antialias is timm's default, not DeiT's
+            notes.append(f"interpolated pos_embed from {side}x{side} to {grid[0]}x{grid[1]}")
+    return given, fresh, notes
+
+
+def _summary(names: list[str]) -> str:
+    """``blocks.*.attn.lamb (12)`` for the twelve names that differ in the number only."""
+    patterns = [re.sub(r"\.\d+\.", ".*.", name) for name in names]
+    return ", ".join(f"{pattern} ({patterns.count(pattern)})" for pattern in dict.fromkeys(patterns))
+
+
+def can_resume(checkpoint: Mapping[str, Any], missing: list[str]) -> bool:
+    """Whether training goes on from this checkpoint; otherwise it gives weights only and training starts at epoch 0.
+
+    Args:
+        checkpoint: From `read` or `latest`.
+        missing: What `load_weights` returned; new parameters make a run a fine-tune of the checkpoint.
+    """
+    return isinstance(checkpoint.get("optimizer"), dict) and isinstance(checkpoint.get("epoch"), int) and not missing
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Takes each parameter's moments and step count from ``checkpoint["optimizer"]``.
+
+    Hyper-parameters (lr, weight decay, betas) stay as the command line gave them to ``optimizer``.
+
+    Raises:
+        CheckpointError: The saved state is of other parameter groups or another kind of optimizer.
+    """
+    groups, old_groups = optimizer.state_dict()["param_groups"], saved.get("param_groups", [])
+    sizes, old_sizes = ([len(group["params"]) for group in some] for some in (groups, old_groups))
+    if sizes != old_sizes:
+        raise CheckpointError(
+            f"the checkpoint's optimizer has parameter groups of sizes {old_sizes}, this run's has {sizes}: "
+            "resume with the --model and the options it was saved with, or pass it with --finetune (weights only)"
+        )
+    kinds = [{key for key in ("betas", "momentum") if key in group} for group in (groups[0], old_groups[0])]
+    if kinds[0] != kinds[1]:
+        raise CheckpointError("the checkpoint's optimizer is of another --opt: resume with the one it was saved with")
+    new_groups = [{**group, "params": old["params"]} for group, old in zip(groups, old_groups, strict=True)]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": new_groups})
+
+
+def number_of_classes(state_dict: Mapping[str, Tensor]) -> int | None:
+    """Classes of a state dict's classifier (rows of ``head.weight``), None without one."""
+    weight = state_dict.get("head.weight")
+    return None if weight is None else len(weight)

@@ -1,0 +1,620 @@
+"""Images: which files make up a data set, how they become tensors, and how they are loaded.
+
+``build_dataset`` and ``build_transform`` take the parsed arguments with DeiT's flag names. Whatever is wrong with the
+data is a ``DataError`` of one sentence that names the flag, the path and the way out.
+"""
+
+import gzip
+import json
+import multiprocessing
+import os
+import random
+import signal
+import struct
+import warnings
+import zlib
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from timm.data.transforms import str_to_interp_mode
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, CIFAR100, DatasetFolder, FashionMNIST, ImageFolder, VisionDataset
+from torchvision.datasets.folder import find_classes
+
+from samplers import AddressedSampler
+
+# Number of classes each data set is known for; the trees on disk are counted and may hold another number.
+NOMINAL_CLASSES = {
+    "IMNET": 1000,
+    "IMNET100": 100,
+    "CIFAR": 100,
+    "CIFAR10": 10,
+    "FMNIST": 10,
+    "INAT": 8142,
+    "INAT19": 1010,
+}
+DATA_SETS = (*NOMINAL_CLASSES, "FOLDER")
+INAT_YEARS = {"INAT": 2018, "INAT19": 2019}
+AUTO_AUGMENT_FAMILIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
+
+# What Pillow's decoders are known to raise on damaged files. MemoryError is not the file's fault and not in here.
+IMAGE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class DataError(ValueError):
+    """The data cannot be used as asked; the message is one sentence for the user."""
+
+
+class BadImageError(DataError):
+    """One image file cannot be read."""
+
+
+# ----------------------------------------------------------------------------------------------------------- transforms
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image of any Pillow mode to 8-bit RGB, dropping transparency.
+
+    Args:
+        image: Image in any mode; 16-bit grey values are scaled to 8 bit, where Pillow alone would clip them to white.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def load_image(path: str) -> Image.Image:
+    """Reads an image file as RGB.
+
+    Args:
+        path: File of any format Pillow reads.
+
+    Raises:
+        BadImageError: If the file cannot be read.
+    """
+    with warnings.catch_warnings():
+        # Broken EXIF blocks and odd TIFF tags do not touch the pixels, and ImageNet has hundreds of them.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        try:
+            with Image.open(path) as image:
+                image.load()
+                return to_rgb(image)
+        except IMAGE_ERRORS as error:
+            raise BadImageError(
+                f"cannot read image {path} ({type(error).__name__}: {error}): repair or remove it, "
+                "or pass --skip-bad-images N to go on without up to N such images"
+            ) from error
+
+
+def build_transform(is_train: bool, args: Namespace, data_config: dict[str, Any] | None = None) -> transforms.Compose:
+    """Transform from an RGB image of any size to a normalised float tensor of shape (3, input_size, input_size).
+
+    Args:
+        is_train: Whether to augment with DeiT's recipe. Otherwise the shorter side is resized to
+            ``floor(input_size / crop_pct)`` and the centre is cropped.
+        args: Arguments. Training reads ``input_size, color_jitter, aa, train_interpolation, reprob, remode, recount``;
+            ``--aa none`` or ``''`` switches RandAugment off, and ``color_jitter`` then applies. Evaluation reads
+            ``input_size`` and ``eval_crop_ratio`` (absent or None: the model's own ``crop_pct``). Up to 32 pixels both
+            resize to ``input_size``, and training crops with a padding of 4 instead of cropping and resizing.
+            ``resplit`` acts on batches of augmentation splits only, which this recipe does not have.
+        data_config: ``timm.data.resolve_data_config({}, model=model)``: ``mean``, ``std``, ``crop_pct`` and
+            ``interpolation`` (of the evaluation). None: timm's defaults, those of ImageNet.
+
+    Raises:
+        DataError: If ``aa`` or ``eval_crop_ratio`` has no meaning.
+
+    Source: DeiT's recipe, arXiv 2012.12877, table 9.
+    """
+    config = data_config or resolve_data_config(pretrained_cfg={"input_size": (3, args.input_size, args.input_size)})
+    small = args.input_size <= 32
+    if is_train:
+        transform = create_transform(
+            input_size=args.input_size,
+            is_training=True,
+            color_jitter=args.color_jitter,
+            auto_augment=_auto_augment_policy(args.aa),
+            interpolation=args.train_interpolation,
+            mean=config["mean"],
+            std=config["std"],
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+        )
+        if small:
+            # An image of 32 pixels has no room for a random crop of 8% of its area.
+            bicubic = str_to_interp_mode("bicubic")
+            transform.transforms[:1] = [
+                transforms.Resize(args.input_size, interpolation=bicubic),
+                transforms.RandomCrop(args.input_size, padding=4),
+            ]
+        return transform
+    crop_ratio = getattr(args, "eval_crop_ratio", None)
+    if crop_ratio is None:
+        crop_ratio = config["crop_pct"]
+    if not 0 < crop_ratio <= 1:
+        raise DataError(f"--eval-crop-ratio must lie in (0, 1], got {crop_ratio}; 0.875 resizes to 256 for 224 pixels")
+    return create_transform(
+        input_size=args.input_size,
+        is_training=False,
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+        crop_pct=1.0 if small else crop_ratio,
+    )
+
+
+def _auto_augment_policy(aa: str | None) -> str | None:
+    """timm's policy string of ``--aa``, or None where it is switched off."""
+    if aa is None or aa.strip().lower() in ("", "none"):
+        return None
+    if aa.split("-")[0] not in AUTO_AUGMENT_FAMILIES:
+        raise DataError(
+            f"--aa {aa!r} is no augmentation policy: use for example 'rand-m9-mstd0.5-inc1', 'original', or 'none'"
+        )
+    return aa
+
+
+# ------------------------------------------------------------------------------------------------------------ data sets
+
+
+class ImageTree(ImageFolder):
+    """Images of the tree ``root/<class>/**/*.jpg``, labelled by the sorted folder names.
+
+    Hidden folders (``.ipynb_checkpoints``) are no classes, and unreadable files raise ``BadImageError``.
+
+    Args:
+        root: Folder of the class folders.
+        transform: Applied to the RGB image.
+    """
+
+    def __init__(self, root: str | Path, transform: Callable | None = None) -> None:
+        super().__init__(root, transform=transform, loader=load_image)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Class names in label order, and their labels."""
+        classes = class_folders(Path(directory))
+        return classes, {name: label for label, name in enumerate(classes)}
+
+
+class FlatFashionMNIST(VisionDataset):
+    """Fashion-MNIST from a plain folder of its four files, compressed or not, as Debian ships them.
+
+    Args:
+        root: Folder with ``{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]``.
+        train: Whether to read the 60,000 training images or the 10,000 of the test set.
+        transform: Applied to the grey-scale image.
+
+    Raises:
+        DataError: If a file is damaged.
+    """
+
+    classes = FashionMNIST.classes
+
+    def __init__(self, root: str | Path, train: bool, transform: Callable | None = None) -> None:
+        super().__init__(root, transform=transform)
+        prefix = "train" if train else "t10k"
+        self.data = self._read(f"{prefix}-images-idx3-ubyte", header=16).reshape(-1, 28, 28)
+        self.targets = self._read(f"{prefix}-labels-idx1-ubyte", header=8).tolist()
+        if len(self.data) != len(self.targets):
+            raise DataError(f"--data-path {root}: {len(self.data)} images of {prefix} have {len(self.targets)} labels")
+
+    def _read(self, name: str, header: int) -> np.ndarray:
+        path = fashion_mnist_file(Path(self.root), name)
+        try:
+            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"--data-path: cannot read {path} ({error}): fetch it again") from error
+        values = np.frombuffer(content, dtype=np.uint8, offset=min(header, len(content)))
+        # The big-endian header holds a magic number and then the sizes of all dimensions.
+        if len(content) < header or np.prod(struct.unpack(f">{header // 4 - 1}I", content[4:header])) != len(values):
+            raise DataError(f"--data-path: {path} is cut short or not in IDX format: fetch it again")
+        return values
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = Image.fromarray(self.data[index])
+        return (image if self.transform is None else self.transform(image)), self.targets[index]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+class INaturalistJson(DatasetFolder):
+    """iNaturalist 2018 or 2019 as described by its json files, labelled at a chosen level of the taxonomy.
+
+    ``root`` holds ``train<year>.json``, ``val<year>.json``, ``categories.json`` (a list of the categories with a
+    name for each level) and the images at the paths the json files give, with or without the super-category's folder.
+    Labels count the names of the level in the order in which the training annotations mention them, as in DeiT.
+
+    Args:
+        root: Folder of the json files.
+        train: Whether to read the training images.
+        year: 2018 or 2019.
+        category: Level: kingdom, phylum, class, order, supercategory, family, genus or name.
+        transform: Applied to the RGB image.
+
+    Raises:
+        DataError: If a file is missing or is not what it should be.
+    """
+
+    def __init__(
+        self, root: str | Path, train: bool, year: int, category: str = "name", transform: Callable | None = None
+    ) -> None:
+        # Not DatasetFolder's constructor, which would look for class folders.
+        VisionDataset.__init__(self, root, transform=transform)
+        self.loader = load_image
+        self.extensions = None
+        self.category = category
+        split_file = Path(root) / f"{'train' if train else 'val'}{year}.json"
+        names = self._names(Path(root) / "categories.json")
+        train_file = Path(root) / f"train{year}.json"
+        train_split = _read_json(train_file)
+        try:
+            ordered = [names[annotation["category_id"]] for annotation in train_split["annotations"]]
+            self.classes = list(dict.fromkeys(ordered))
+            self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
+            split = train_split if train else _read_json(split_file)
+            categories = {annotation["image_id"]: annotation["category_id"] for annotation in split["annotations"]}
+            files = [image["file_name"] for image in split["images"]]
+            self.targets = [self.class_to_idx[names[categories[image["id"]]]] for image in split["images"]]
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"--data-path: {train_file} and {split_file} do not fit together with categories.json: "
+                f"{error} is missing; use the files of one year's challenge"
+            ) from error
+        if not files:
+            raise DataError(f"--data-path: {split_file} lists no images")
+        self.samples = list(zip(self._locate(files), self.targets, strict=True))
+
+    def _names(self, path: Path) -> dict[int, str]:
+        """Name of every category id at the chosen level; without ids the position in the list counts."""
+        try:
+            return {entry.get("id", i): entry[self.category] for i, entry in enumerate(_read_json(path))}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"--inat-category {self.category}: {path} has no such level for every category ({error})"
+            ) from error
+
+    def _locate(self, files: list[str]) -> list[str]:
+        """Paths of the images: as listed, or without the super-category's folder if the first is found there."""
+        if not Path(self.root, files[0]).is_file():
+            short = ["/".join(np.delete(file.split("/"), 1)) if file.count("/") == 3 else file for file in files]
+            if Path(self.root, short[0]).is_file():
+                files = short
+        return [os.path.join(self.root, file) for file in files]
+
+
+class SkipBadImages(Dataset):
+    """Replaces unreadable images by the next sample that can be read, up to a limit.
+
+    Different bad images are counted, over all workers of this process and all epochs; each is named in a warning once.
+    The replacement depends on the data set alone, never on the workers.
+
+    Args:
+        dataset: Data set that raises ``BadImageError``.
+        limit: Number of bad images to skip.
+
+    Raises:
+        BadImageError: From ``__getitem__``, for the bad image after the last that may be skipped.
+    """
+
+    def __init__(self, dataset: DatasetFolder, limit: int) -> None:
+        self.dataset = dataset
+        self.limit = limit
+        self.classes = dataset.classes
+        self.targets = dataset.targets
+        self._count = multiprocessing.Value("l", 0)
+        self._is_bad = multiprocessing.Array("b", len(dataset), lock=False)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        for offset in range(len(self.dataset)):
+            candidate = (index + offset) % len(self.dataset)
+            try:
+                return self.dataset[candidate]
+            except BadImageError as error:
+                self._skip(candidate, error)
+        raise DataError(f"--skip-bad-images {self.limit}: none of the {len(self.dataset)} images can be read")
+
+    def _skip(self, index: int, error: BadImageError) -> None:
+        with self._count.get_lock():
+            if self._is_bad[index]:
+                return
+            if self._count.value >= self.limit:
+                raise BadImageError(f"more than --skip-bad-images {self.limit} bad images: {error}") from error
+            self._is_bad[index] = True
+            self._count.value += 1
+            count = self._count.value
+        path = self.dataset.samples[index][0]
+        warnings.warn(f"skipped bad image {count} of at most {self.limit}: {path}", stacklevel=3)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def build_dataset(is_train: bool, args: Namespace, data_config: dict[str, Any] | None = None) -> tuple[Dataset, int]:
+    """Data set of the training or the evaluation images, and the number of classes.
+
+    Args:
+        is_train: Whether to build the training set with its augmentation.
+        args: Arguments: ``data_set`` (one of ``DATA_SETS``), ``data_path``, ``inat_category``, what ``build_transform``
+            reads, and, where present, ``download`` (False) and ``skip_bad_images`` (0).
+        data_config: As in ``build_transform``.
+
+    Returns:
+        The data set, whose items are (tensor of shape (3, input_size, input_size), label), and its number of classes,
+        counted, not assumed; compare with ``NOMINAL_CLASSES``.
+
+    Raises:
+        DataError: If the data are not there or not usable.
+    """
+    transform = build_transform(is_train, args, data_config)
+    root = _check_root(args)
+    if args.data_set in ("CIFAR", "CIFAR10", "FMNIST"):
+        dataset = _build_torchvision(is_train, args, root, transform)
+        return dataset, len(dataset.classes)
+    if args.data_set in INAT_YEARS:
+        category = getattr(args, "inat_category", "name")
+        dataset = INaturalistJson(root, is_train, INAT_YEARS[args.data_set], category, transform)
+    else:
+        _tree_classes(args, root, is_train)
+        try:
+            dataset = ImageTree(root / ("train" if is_train else "val"), transform)
+        except FileNotFoundError as error:
+            raise DataError(f"--data-path {root}: {error}") from error
+    limit = getattr(args, "skip_bad_images", 0)
+    if limit < 0:
+        raise DataError(f"--skip-bad-images must not be negative, got {limit}")
+    return (SkipBadImages(dataset, limit) if limit else dataset), len(dataset.classes)
+
+
+def count_classes(args: Namespace, is_train: bool = True) -> int:
+    """Number of classes of ``--data-set`` at ``--data-path``, without listing images: a model can be built first.
+
+    Args:
+        args: As in ``build_dataset``.
+        is_train: Whether the training images are needed; see ``build_dataset``.
+
+    Raises:
+        DataError: If the data are not there or not usable.
+    """
+    root = _check_root(args)
+    if args.data_set in ("CIFAR", "CIFAR10", "FMNIST"):
+        return NOMINAL_CLASSES[args.data_set]
+    if args.data_set in INAT_YEARS:
+        year = INAT_YEARS[args.data_set]
+        return len(INaturalistJson(root, is_train, year, getattr(args, "inat_category", "name")).classes)
+    return len(_tree_classes(args, root, is_train))
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Sorted names of the class folders in a folder; hidden ones are none.
+
+    Raises:
+        DataError: If there are none.
+    """
+    try:
+        classes = [name for name in find_classes(folder)[0] if not name.startswith(".")]
+    except FileNotFoundError:
+        classes = []
+    if not classes:
+        raise DataError(f"--data-path: {folder} is empty: it should hold one folder of images for each class")
+    return classes
+
+
+def fashion_mnist_file(folder: Path, name: str) -> Path:
+    """Path of one of Fashion-MNIST's files, the compressed one where the other is absent."""
+    path = folder / name
+    return path if path.is_file() else folder / f"{name}.gz"
+
+
+def _check_root(args: Namespace) -> Path:
+    """``--data-path`` as a path that exists, unless the data are to be downloaded there."""
+    if args.data_set not in DATA_SETS:
+        raise DataError(f"--data-set {args.data_set} is unknown: choose one of {', '.join(DATA_SETS)}")
+    if not args.data_path:
+        raise DataError("--data-path is missing: give the folder of the images")
+    root = Path(args.data_path).expanduser()
+    if root.exists() and not root.is_dir():
+        raise DataError(f"--data-path {root} is a file: give the folder of the images, unpacked")
+    if not root.exists() and not getattr(args, "download", False):
+        raise DataError(f"--data-path {root} does not exist: give the folder of the images")
+    return root
+
+
+def _tree_classes(args: Namespace, root: Path, is_train: bool) -> list[str]:
+    """Class names of a tree with ``train/`` and ``val/``, after checking that both have the same.
+
+    Labels are positions in the sorted names, so a folder that is missing on one side would shift all labels after it.
+    Evaluation does without ``train/`` where ``val/`` has every class the named data set is known for.
+    """
+    if not is_train and (root / "val").is_dir() and not (root / "train").exists():
+        classes = class_folders(root / "val")
+        if len(classes) == NOMINAL_CLASSES.get(args.data_set):
+            return classes
+    for split in ("train", "val"):
+        if not (root / split).is_dir():
+            raise DataError(
+                f"--data-path {root} has no folder {split}/: --data-set {args.data_set} needs "
+                "train/<class>/ and val/<class>/ with the images of each class"
+            )
+    train_classes, val_classes = class_folders(root / "train"), class_folders(root / "val")
+    if train_classes != val_classes:
+        differences = [
+            f"only in {split}/: {_shorten(sorted(set(ours) - set(theirs)))}"
+            for split, ours, theirs in (("train", train_classes, val_classes), ("val", val_classes, train_classes))
+            if set(ours) - set(theirs)
+        ]
+        raise DataError(
+            f"--data-path {root}: train/ and val/ must have the same class folders, or labels would shift; "
+            f"{'; '.join(differences)}: add or remove these"
+        )
+    return train_classes
+
+
+def _shorten(names: list[str], limit: int = 10) -> str:
+    """Comma-separated names, the first few of many."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _build_torchvision(is_train: bool, args: Namespace, root: Path, transform: Callable) -> VisionDataset:
+    """CIFAR-10, CIFAR-100 or Fashion-MNIST, read into memory as a whole."""
+    if args.data_set == "FMNIST":
+        transform = transforms.Compose([to_rgb, transform])
+        if fashion_mnist_file(root, "train-images-idx3-ubyte").is_file():
+            return FlatFashionMNIST(root, is_train, transform)
+        builder = FashionMNIST
+        hint = (
+            "train-images-idx3-ubyte.gz and its three companions (Debian: apt-get install dataset-fashion-mnist, "
+            "then --data-path /usr/share/datasets/fashion-mnist), or torchvision's FashionMNIST/raw/"
+        )
+    else:
+        builder = CIFAR10 if args.data_set == "CIFAR10" else CIFAR100
+        hint = f"the folder {builder.base_folder}/, unpacked from {builder.url}"
+    try:
+        return builder(root, train=is_train, transform=transform, download=getattr(args, "download", False))
+    except (RuntimeError, OSError, ValueError) as error:
+        raise DataError(
+            f"--data-set {args.data_set} is not usable at --data-path {root} ({error}): "
+            f"put there {hint}; or pass --download where the network allows it"
+        ) from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"--data-path: {path} is missing: unpack the challenge's annotations there") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"--data-path: {path} is not readable as json ({error}): fetch it again") from error
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+class AddressedDataset(Dataset):
+    """Takes the keys of ``AddressedSampler``: a sample's random draws follow from its key.
+
+    Python's, numpy's and torch's CPU generator are seeded for the sample (timm's augmentations use all three) and put
+    back afterwards, so that loading in the main process leaves its random state alone.
+
+    Args:
+        dataset: Data set with integer indices.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Any:
+        if not isinstance(key, tuple):
+            return self.dataset[key]
+        index, sample_seed = key
+        with _seeded(sample_seed):
+            return self.dataset[index]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seeds the three CPU generators within the context; those of the accelerators are left alone."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
+
+
+def build_loader(
+    dataset: Dataset, sampler: Sampler, *, batch_size: int, num_workers: int, pin_memory: bool, drop_last: bool
+) -> DataLoader:
+    """Loader of batches (images of shape (B, 3, H, W), labels of shape (B,)).
+
+    Args:
+        dataset: Data set with integer indices.
+        sampler: ``AddressedSampler`` for training, whose ``set_epoch`` is to be called before each epoch; for
+            evaluation any sampler of integers.
+        batch_size: Images a batch of this process.
+        num_workers: Worker processes, kept from epoch to epoch; 0 loads in the main process.
+        pin_memory: Whether batches are copied to page-locked memory, for faster transfers to a GPU.
+        drop_last: Whether an incomplete last batch is left out.
+
+    Raises:
+        DataError: If ``drop_last`` leaves no batch at all.
+    """
+    epoch_size = len(sampler.sampler) if isinstance(sampler, AddressedSampler) else len(sampler)
+    if drop_last and epoch_size < batch_size:
+        raise DataError(
+            f"--batch-size {batch_size} is larger than the {epoch_size} training samples "
+            f"this process has in an epoch: use --batch-size {max(epoch_size, 1)} or less"
+        )
+    return DataLoader(
+        AddressedDataset(dataset),
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        drop_last=drop_last,
+        persistent_workers=num_workers > 0,
+        # Every batch waiting takes shared memory: 150 MB for 256 images of 224 pixels.
+        prefetch_factor=2 if num_workers > 0 else None,
+        worker_init_fn=_ignore_interrupts,
+    )
+
+
+def _ignore_interrupts(worker_id: int) -> None:
+    """Leaves Ctrl-C to the main process, which then ends its workers: one traceback instead of one a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def explain_loader_errors() -> Iterator[None]:
+    """Around a loop over a loader: says what to do when workers die or shared memory is full.
+
+    Raises:
+        DataError: In place of torch's ``RuntimeError`` or ``OSError`` about either.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        # torch reports "exited unexpectedly" and names the signal in the cause.
+        text = str(error.__cause__ or error)
+        shared_memory = any(sign in text for sign in ("Bus error", "shared memory", "shm", "No space left on device"))
+        if "DataLoader worker" not in text or not (shared_memory or "killed by" in text or "exited unexp" in text):
+            raise
+        cause = (
+            "shared memory (/dev/shm) is full: make it bigger (docker run --shm-size=16g)"
+            if shared_memory
+            else "a worker process was killed, often because memory ran out"
+        )
+        raise DataError(
+            f"loading images failed, {cause}; or lower --num_workers (0 needs no shared memory): {text.splitlines()[0]}"
+        ) from error

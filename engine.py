@@ -1,0 +1,299 @@
+"""The loops over batches: one epoch of training, one evaluation, the forward pass's throughput."""
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from timm.data import Mixup
+from timm.task import ClassificationEvaluator, evaluation_sample_limit
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from utils import Meters
+
+_logger = logging.getLogger(__name__)
+
+_WAY_OUT = (
+    "training stops, the last checkpoint is kept. Lower --lr, set --clip-grad 1 or use --amp-dtype bfloat16, and "
+    "continue from that checkpoint with --auto_reload"
+)
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became infinite or not a number, on any rank."""
+
+
+@dataclass
+class Trainer:
+    """What one optimizer step consists of.
+
+    Attributes:
+        model: Maps images (B, 3, H, W) to logits; wrapped (DDP, compiled) as it is to be called.
+        bare_model: The same module unwrapped: what the average, the optimizer and the checkpoints see.
+        criterion: ``criterion(images, outputs, targets)`` -> scalar loss.
+        optimizer: Holds the parameters of ``bare_model``.
+        scaler: Loss scaling; a disabled one passes everything through.
+        device: Where the step runs.
+        amp_dtype: Precision of the forward pass; float32 switches autocast off.
+        mixup: Mixes a batch of even size and turns its class indices into distributions, or None.
+        ema: Moving average of the weights, or None.
+        clip_grad: Largest global norm of the gradient; None or 0 clips nothing.
+        grad_accum: Batches a step.
+    """
+
+    model: nn.Module
+    bare_model: nn.Module
+    criterion: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    device: torch.device
+    amp_dtype: torch.dtype = torch.float32
+    mixup: Mixup | None = None
+    ema: ModelEmaV3 | None = None
+    clip_grad: float | None = None
+    grad_accum: int = 1
+
+
+def train_one_epoch(
+    trainer: Trainer,
+    loader: DataLoader,
+    epoch: int,
+    *,
+    meters: Meters,
+    start_step: int = 0,
+    print_freq: int = 10,
+    seed_step: Callable[[int], None] = lambda step: None,
+    after_step: Callable[[int], None] = lambda steps_done: None,
+) -> dict[str, float]:
+    """Trains over ``loader`` once.
+
+    Args:
+        trainer: The parts of a step.
+        loader: Yields (images, class indices); begins at batch ``start_step`` of the epoch.
+        epoch: Named in the log and in errors.
+        meters: Running means of the epoch; those of the batches before ``start_step`` are in it already.
+        start_step: Batches of this epoch that an earlier process has done.
+        print_freq: Batches between console lines; only there does the host wait for the device.
+        seed_step: Called with the batch's number before its random draws (mixup, dropout, drop-path).
+        after_step: Called with the number of batches done after each optimizer step; may save or raise.
+
+    Returns:
+        Means of ``loss`` and ``lr`` over the epoch and over all ranks.
+
+    Raises:
+        NonFiniteLossError: On all ranks together, at most ``print_freq`` batches after the loss stopped being finite.
+    """
+    trainer.model.train()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    console = _Console(f"Epoch: [{epoch}]", start_step + len(loader), print_freq, trainer.device)
+    finite = _FiniteLossGuard(trainer.device)
+    last = start_step + len(loader) - 1
+
+    step = start_step
+    for step, (images, targets) in enumerate(console.timed(loader), start=start_step):
+        seed_step(step)
+        images = images.to(trainer.device, non_blocking=True)
+        targets = targets.to(trainer.device, non_blocking=True)
+        group_start = step - step % trainer.grad_accum  # the last group of an epoch may be smaller
+        group_end = min(group_start + trainer.grad_accum - 1, last)
+        loss = forward_backward(trainer, images, targets, sync=step == group_end, parts=group_end - group_start + 1)
+        if step == group_end:
+            optimizer_step(trainer)
+
+        finite.watch(loss, step)
+        meters.update(len(images), loss=loss, lr=trainer.optimizer.param_groups[-1]["lr"])
+        console.count(len(images))
+        if console.due(step) or step == last:
+            finite.check(epoch)
+            console.line(step, meters)
+        if step == group_end:
+            after_step(step + 1)
+    finite.check(epoch)
+    means = meters.means()
+    _logger.info("Averaged stats: " + "  ".join(f"{name}: {value:.6g}" for name, value in means.items()))
+    return means
+
+
+def forward_backward(trainer: Trainer, images: Tensor, targets: Tensor, *, sync: bool = True, parts: int = 1) -> Tensor:
+    """Adds one batch's gradient over ``parts`` and returns the loss; ranks exchange gradients only with ``sync``."""
+    if trainer.mixup is not None:
+        images, targets = trainer.mixup(images, targets)
+    skip_exchange = trainer.model.no_sync if not sync and hasattr(trainer.model, "no_sync") else nullcontext
+    with skip_exchange():
+        with torch.autocast(trainer.device.type, trainer.amp_dtype, enabled=trainer.amp_dtype != torch.float32):
+            loss = trainer.criterion(images, trainer.model(images), targets)
+        trainer.scaler.scale(loss / parts).backward()
+    return loss.detach()
+
+
+def optimizer_step(trainer: Trainer) -> None:
+    """Clips, steps, averages, and clears the gradients."""
+    if trainer.clip_grad:
+        trainer.scaler.unscale_(trainer.optimizer)
+        nn.utils.clip_grad_norm_(trainer.bare_model.parameters(), trainer.clip_grad)
+    trainer.scaler.step(trainer.optimizer)
+    trainer.scaler.update()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    if trainer.ema is not None:
+        trainer.ema.update(trainer.bare_model)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader,
+    device: torch.device,
+    *,
+    amp_dtype: torch.dtype = torch.float32,
+    print_freq: int = 10,
+    shared: bool = True,
+    after_step: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Loss and accuracy over the whole data set, exact for any number of processes and any batch size.
+
+    Sums, not means of means, are exchanged, once, at the end; images that a sampler repeats to give every rank equally
+    many are not counted.
+
+    Args:
+        model: Unwrapped, so that ranks with fewer batches wait for nobody.
+        loader: Yields (images, class indices).
+        device: Where the forward pass runs.
+        amp_dtype: Its precision; float32 switches autocast off.
+        print_freq: Batches between console lines.
+        shared: The loaders of the ranks share one data set among them; otherwise each has all of it.
+        after_step: Called after each batch; may raise.
+
+    Returns:
+        ``loss`` (cross entropy, nats), ``acc1`` and ``acc5`` (percent; with fewer than five classes all of them count).
+    """
+    model.eval()
+    evaluator = ClassificationEvaluator(device, max_samples=evaluation_sample_limit(loader))
+    console = _Console("Test:", len(loader), print_freq, device)
+    for step, (images, targets) in enumerate(console.timed(loader)):
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+            logits = model(images)
+        evaluator.update(logits, targets)
+        console.count(len(images))
+        if console.due(step) or step == len(loader) - 1:
+            console.line(step, None, "  ".join(f"{name}: {value:.4f}" for name, value in evaluator.summary().items()))
+        after_step()
+    total = evaluator.compute(distributed=shared and dist.is_initialized())
+    _logger.info(f"* Acc@1 {total['top1']:.3f} Acc@5 {total['top5']:.3f} loss {total['loss']:.3f}")
+    return {"loss": total["loss"], "acc1": total["top1"], "acc5": total["top5"]}
+
+
+@torch.inference_mode()
+def throughput(
+    model: nn.Module, images: Tensor, *, amp_dtype: torch.dtype = torch.float32, warmup: int = 10, steps: int = 30
+) -> float:
+    """Images per second of the forward pass over one batch that is on the device already.
+
+    Args:
+        model: In evaluation mode afterwards.
+        images: Shape (B, 3, H, W).
+        amp_dtype: Precision; float32 switches autocast off.
+        warmup: Passes before the clock starts.
+        steps: Passes that are timed.
+    """
+    model.eval()
+    device = images.device
+    with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+        for _ in range(warmup):
+            model(images)
+        _wait_for(device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            model(images)
+        _wait_for(device)
+    return steps * len(images) / (time.perf_counter() - start)
+
+
+def check_weights_are_finite(model: nn.Module, epoch: int, step: int) -> None:
+    """Waits for the device and looks at every parameter; a loss can be finite while its step spoils the weights.
+
+    Raises:
+        NonFiniteLossError: If a parameter holds an infinity or a NaN.
+    """
+    parameters = list(model.parameters())
+    if not torch.stack([parameter.detach().isfinite().all() for parameter in parameters]).all():
+        raise NonFiniteLossError(f"the weights are not finite after epoch {epoch}, step {step}: {_WAY_OUT}")
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _FiniteLossGuard:
+    """Remembers on the device at which step the loss first was not finite; ``check`` reads it, on all ranks at once."""
+
+    NEVER = 2**62
+
+    def __init__(self, device: torch.device) -> None:
+        self.first_bad = torch.full((), self.NEVER, dtype=torch.int64, device=device)
+
+    def watch(self, loss: Tensor, step: int) -> None:
+        self.first_bad = torch.where(torch.isfinite(loss), self.first_bad, self.first_bad.clamp(max=step))
+
+    def check(self, epoch: int) -> None:
+        if dist.is_initialized():
+            dist.all_reduce(self.first_bad, op=dist.ReduceOp.MIN)
+        step = int(self.first_bad)
+        if step != self.NEVER:
+            raise NonFiniteLossError(f"the loss is not finite since epoch {epoch}, step {step}: {_WAY_OUT}")
+
+
+class _Console:
+    """Progress lines in DeiT's form, with images/s over all ranks of the interval since the last line."""
+
+    def __init__(self, header: str, total: int, print_freq: int, device: torch.device) -> None:
+        self.header, self.total, self.print_freq, self.device = header, total, print_freq, device
+        self.images = self.steps = 0
+        self.data_time = 0.0
+        self.since = time.perf_counter()
+
+    def timed(self, loader: DataLoader):
+        """Yields from ``loader`` and adds up the time that was spent waiting for it."""
+        iterator = iter(loader)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.data_time += time.perf_counter() - start
+            yield batch
+
+    def count(self, images: int) -> None:
+        self.images += images
+        self.steps += 1
+
+    def due(self, step: int) -> bool:
+        return step % self.print_freq == 0
+
+    def line(self, step: int, meters: Meters | None, values: str = "") -> None:
+        """Writes the line of ``step``. Reading the meters waits for the device."""
+        if meters is not None:
+            values = "  ".join(f"{name}: {now:.6f} ({mean:.6f})" for name, (now, mean) in meters.recent().items())
+        elapsed = time.perf_counter() - self.since
+        steps = max(self.steps, 1)
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        eta = timedelta(seconds=int(elapsed / steps * (self.total - step - 1)))
+        memory = ""
+        if self.device.type == "cuda":
+            memory = f"  max mem: {torch.cuda.max_memory_allocated(self.device) / 2**20:.0f} MB"
+        _logger.info(
+            f"{self.header}  [{step:>{len(str(self.total))}}/{self.total}]  eta: {eta}  {values}  "
+            f"time: {elapsed / steps:.4f}  data: {self.data_time / steps:.4f}  "
+            f"images/s: {ranks * self.images / max(elapsed, 1e-9):.1f}{memory}"
+        )
+        self.images = self.steps = 0
+        self.data_time = 0.0
+        self.since = time.perf_counter()

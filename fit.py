@@ -1,0 +1,201 @@
+"""The loop over epochs: set the rate, train, evaluate, log, save; and what a signal or ``--checkpoint-steps`` adds."""
+
+import argparse
+import logging
+import math
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.data import DataLoader
+
+import checkpoints
+import engine
+import optim
+import reporting
+import utils
+from build import Start
+from utils import World
+
+_logger = logging.getLogger(__name__)
+
+
+def fit(
+    args: argparse.Namespace,
+    start: Start,
+    trainer: engine.Trainer,
+    loader_train: DataLoader,
+    loader_val: DataLoader,
+    world: World,
+) -> None:
+    """Trains from ``start`` to ``--epochs``: set the rate, one epoch, evaluate, log, save."""
+    lr = optim.scaled_lr(args, world.world_size)
+    plan = optim.lr_plan(args, lr)
+    effective = loader_train.batch_size * args.grad_accum * world.world_size
+    _logger.info(f"effective batch: {effective} images; {len(loader_train)} batches an epoch on each process")
+    _logger.info(optim.describe_plan(args, lr, plan, world.world_size))
+    if start.epoch >= args.epochs:
+        _logger.info(
+            f"nothing left to train: {start.source} has finished epoch {start.epoch - 1} of --epochs {args.epochs}"
+        )
+        return
+    recorder = None
+    if args.output_dir:
+        recorder = utils.on_rank_zero(
+            world, partial(reporting.Recorder, args.output_dir, start.epoch, fresh=not start.full)
+        )
+    saver = Saver(args, trainer, world, start.max_accuracy)
+    stop = utils.StopSignal(world, args.dist_timeout)
+    began = time.time()
+
+    for epoch in range(start.epoch, args.epochs):
+        first_step, sums = (start.step, start.meters) if epoch == start.epoch else (0, None)
+        meters = utils.Meters(world.device, sums)
+        optim.set_lr(trainer.optimizer, plan[epoch])
+        loader_train.sampler.set_epoch(epoch, start=first_step * loader_train.batch_size)
+        steps = first_step + len(loader_train)
+        epoch_began = time.time()
+        train_stats = engine.train_one_epoch(
+            trainer,
+            loader_train,
+            epoch,
+            meters=meters,
+            start_step=first_step,
+            print_freq=args.print_freq,
+            seed_step=partial(utils.seed_everything, args.seed, world.rank, epoch),
+            after_step=partial(save_or_stop, args, saver, stop, epoch, meters),
+        )
+        images = len(loader_train) * loader_train.batch_size * world.world_size
+        rate = images / (time.time() - epoch_began)
+        ema = trainer.ema if args.eval_ema else None
+        leave_if_asked = partial(stop_if_asked, args, saver, stop, epoch, meters, steps)
+        test_stats = evaluate(args, trainer.bare_model, ema, loader_val, world, trainer.amp_dtype, leave_if_asked)
+
+        best = saver.note(test_stats)
+        _logger.info(f"Max accuracy: {saver.max_accuracy['acc1']:.2f}%")
+        line = {f"train_{name}": value for name, value in train_stats.items()}
+        line |= {f"test_{name}": value for name, value in test_stats.items()}
+        line |= {"epoch": epoch, "n_parameters": reporting.count_parameters(trainer.bare_model)}
+        if args.output_dir:
+            record(recorder, world, line, trainer.bare_model, rate)
+        saver.save(epoch, is_best=best)
+    _logger.info(f"Training time {timedelta(seconds=int(time.time() - began))}")
+
+
+def record(
+    recorder: reporting.Recorder | None, world: World, line: dict, model: nn.Module, images_per_second: float
+) -> None:
+    """Lets rank 0, which has the recorder, write an epoch; before its checkpoint, as ``utils.EpochLog`` needs it."""
+    utils.on_rank_zero(world, lambda: recorder.epoch(line, model, images_per_second))
+
+
+def save_or_stop(
+    args: argparse.Namespace, saver: "Saver", stop: utils.StopSignal, epoch: int, meters: utils.Meters, done: int
+) -> None:
+    """After ``done`` batches of ``epoch``: save and leave if a signal came, save if ``--checkpoint-steps`` says so.
+
+    Raises:
+        Preempted: On all ranks together, after the save.
+    """
+    stop_if_asked(args, saver, stop, epoch, meters, done)
+    every = args.checkpoint_steps * args.grad_accum
+    if every and done % every == 0:
+        saver.save(epoch - 1, step=done, meters=meters)
+
+
+def stop_if_asked(
+    args: argparse.Namespace, saver: "Saver", stop: utils.StopSignal, epoch: int, meters: utils.Meters, done: int
+) -> None:
+    """Saves and leaves if a signal came; after all batches of an epoch, a resumed run goes on with its evaluation.
+
+    Raises:
+        Preempted: On all ranks together, after the save.
+    """
+    if stop.agreed():
+        saver.save(epoch - 1, step=done, meters=meters)
+        way_on = "; the same command with --auto_reload continues from there" if args.output_dir else ""
+        raise utils.Preempted(f"stopped by a signal after epoch {epoch}, step {done - 1}{way_on}")
+
+
+class Saver:
+    """Assembles and writes the run's checkpoints; knows its best accuracies."""
+
+    def __init__(self, args: argparse.Namespace, trainer: engine.Trainer, world: World, max_accuracy: dict) -> None:
+        self.args = argparse.Namespace(**(vars(args) | {"world_size": world.world_size}))
+        self.trainer, self.world, self.max_accuracy = trainer, world, max_accuracy
+
+    def note(self, stats: dict[str, float]) -> bool:
+        """Takes an evaluation in; whether its ``acc1`` is the best so far."""
+        best = stats["acc1"] > self.max_accuracy.get("acc1", -math.inf)
+        for name in ("acc1", "ema_acc1"):
+            if name in stats:
+                self.max_accuracy[name] = max(stats[name], self.max_accuracy.get(name, -math.inf))
+        return best
+
+    def save(self, epoch: int, *, step: int = 0, meters: utils.Meters | None = None, is_best: bool = False) -> None:
+        """Writes the state after ``epoch`` and ``step`` further batches. A collective: ranks differ in their meters.
+
+        Raises:
+            NonFiniteLossError: On all ranks, if a weight is not finite; the checkpoint on disk stays as it is.
+            CheckpointError: On all ranks, if the file cannot be written; likewise.
+        """
+        if not self.args.output_dir:
+            return
+        engine.check_weights_are_finite(self.trainer.bare_model, epoch + (step > 0), step)
+        sums = [meters.state() if meters is not None else {}] * self.world.world_size
+        if self.world.distributed:
+            dist.all_gather_object(sums, sums[0])
+
+        def write() -> None:
+            ema = self.trainer.ema
+            checkpoint = checkpoints.assemble(
+                model=self.trainer.bare_model,
+                model_ema=ema.module if ema is not None else None,
+                optimizer=self.trainer.optimizer,
+                scaler=self.trainer.scaler if self.trainer.scaler.is_enabled() else None,
+                epoch=epoch,
+                step=step,
+                meters={str(rank): state for rank, state in enumerate(sums)},
+                max_accuracy=self.max_accuracy,
+                args=self.args,
+            )
+            checkpoints.save(checkpoint, self.args.output_dir, is_best=is_best, keep=self.args.keep_checkpoints)
+
+        utils.on_rank_zero(self.world, write)
+
+
+def evaluate(
+    args: argparse.Namespace,
+    model: nn.Module,
+    ema: ModelEmaV3 | None,
+    loader: DataLoader,
+    world: World,
+    amp_dtype: torch.dtype,
+    after_step: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Accuracy of the model and, where there is one, of the moving average: ``loss``, ``acc1``, ``acc5``, ``ema_*``.
+
+    ``after_step`` is called after each batch, equally often on every rank, and may raise.
+    """
+    stats = {}
+    for prefix, network in (("", model), ("ema_", ema.module if ema is not None else None)):
+        if network is None:
+            continue
+        result = engine.evaluate(
+            network.to(world.device),
+            loader,
+            world.device,
+            amp_dtype=amp_dtype,
+            print_freq=args.print_freq,
+            shared=args.shard_eval,
+            after_step=after_step,
+        )
+        of = "moving average" if prefix else "network"
+        _logger.info(f"Accuracy of the {of} on the {len(loader.dataset)} test images: {result['acc1']:.3f}%")
+        stats |= {prefix + name: value for name, value in result.items()}
+    return stats

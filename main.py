@@ -1,0 +1,117 @@
+"""Trains and evaluates the models of this repository: parse the arguments, build, then fit or evaluate.
+
+    torchrun --nproc_per_node=2 main.py --auto_reload --model attnscale_small_12 --batch-size 512 \
+        --data-set IMNET --data-path /data/imagenet --output_dir logs/attnscale_small_12
+    python main.py --model attnscale_small_12 --data-set IMNET --data-path /data/imagenet --eval --resume ckpt.pth
+    python main.py --help
+"""
+
+import argparse
+import json
+import logging
+import sys
+
+import torch
+from torch import nn
+
+import build
+import checkpoints
+import datasets
+import engine
+import models
+import reporting
+import utils
+from fit import evaluate, fit
+from options import ArgumentError, check_args, get_args_parser
+from utils import World
+
+_logger = logging.getLogger("main")
+
+
+def main(args: argparse.Namespace) -> None:
+    """One run, start to end."""
+    check_args(args)
+    if args.list_models:
+        print("\n".join(models.list_models()))
+        return
+    output_dir = None if args.eval or args.throughput else args.output_dir
+    with (
+        utils.process_group(args.device, args.dist_url, args.dist_timeout) as world,
+        utils.claimed_folder(output_dir, world),
+        datasets.explain_loader_errors(),
+    ):
+        utils.setup_logging(world.rank)
+        _logger.info(utils.describe_environment(world))
+        _logger.info(f"arguments: {json.dumps(vars(args), default=str)}")
+        utils.seed_everything(args.seed)
+
+        start = build.find_start(args)
+        model = build.build_model(args, build.num_classes(args, start)).to(world.device)
+        _logger.info(reporting.describe_model(args.model, model, args.input_size, world.device))
+        build.load_start(args, start, model, world)
+        amp_dtype = precision(args, world.device)
+        if args.throughput:
+            measure_throughput(args, model, world, amp_dtype)
+            return
+
+        loader_train, loader_val = build.build_loaders(args, model, world)
+        ema = build.build_ema(args, start, model)
+        if args.eval:
+            evaluate(args, model, ema, loader_val, world, amp_dtype)
+            return
+        trainer = build.build_trainer(args, start, model, ema, world, amp_dtype)
+        fit(args, start, trainer, loader_train, loader_val, world)
+
+
+def precision(args: argparse.Namespace, device: torch.device) -> torch.dtype:
+    """``--amp-dtype``, or the device's own: float16 on CUDA as the paper's runs, float32 on CPU."""
+    name = args.amp_dtype or ("float16" if device.type == "cuda" else "float32")
+    _logger.info(f"device: {device} (--device {args.device}), precision: {name}")
+    return getattr(torch, name)
+
+
+def measure_throughput(args: argparse.Namespace, model: nn.Module, world: World, amp_dtype: torch.dtype) -> None:
+    """Prints images/s of the forward pass on random images."""
+    if args.torchcompile:
+        model.compile()
+    images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=world.device)
+    rate = engine.throughput(model, images, amp_dtype=amp_dtype)
+    setting = f"batch {args.batch_size}, {args.input_size} px, {amp_dtype}, one process"
+    _logger.info(f"throughput of {args.model}: {rate:.1f} images/s ({setting})")
+
+
+def cli() -> int:
+    """Runs :func:`main`; turns what a user can mend into one clear line and an exit code (see ``utils.EXIT_*``)."""
+    rank = utils.launcher_rank()
+    try:
+        main(get_args_parser().parse_args())
+    except utils.Preempted as stopped:
+        print(f"[rank {rank}] {stopped}", flush=True)
+        return utils.EXIT_PREEMPTED
+    except KeyboardInterrupt:
+        print(f"[rank {rank}] interrupted", file=sys.stderr, flush=True)
+        return utils.EXIT_INTERRUPTED
+    except (ArgumentError, checkpoints.CheckpointError, datasets.DataError, utils.SetupError) as error:
+        # An error of a loader process comes with that process's traceback before its last line.
+        sentence = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        return utils.EXIT_BAD_INPUT
+    except engine.NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return utils.EXIT_NON_FINITE
+    except RuntimeError as error:
+        lost = utils.lost_peer(error)
+        if lost is None:
+            raise
+        print(
+            f"[rank {rank}] lost another process of this run: it ended or was silent for --dist-timeout seconds, look "
+            f"for its error above; the same command with --auto_reload continues from the last checkpoint ({lost})",
+            file=sys.stderr,
+            flush=True,
+        )
+        return utils.EXIT_LOST_PEER
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -1,0 +1,414 @@
+"""The command line of ``main.py``: every flag, its default and what it means. The defaults are the paper's recipe."""
+
+import argparse
+from pathlib import Path
+
+from timm.utils import ParseKwargs
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows each flag in one spelling, with its default."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = argparse.Action(
+            action.option_strings[:1], action.dest, action.nargs, choices=action.choices, metavar=action.metavar
+        )
+        return super()._format_action_invocation(shown)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, "", {}, argparse.SUPPRESS) or action.nargs == 0:
+            return action.help
+        return f"{action.help} [%(default)s]"
+
+
+class _Group:
+    """An argument group whose flags can be written with ``-`` and with ``_``; DeiT's users have both in scripts."""
+
+    def __init__(self, parser: argparse.ArgumentParser, title: str, description: str | None = None) -> None:
+        self.group = parser.add_argument_group(title, description)
+
+    def add(self, *flags: str, **kwargs) -> None:
+        body = flags[0][2:]
+        other = body.replace("_", "-") if "_" in body else body.replace("-", "_")
+        kwargs.setdefault("dest", body.replace("-", "_"))
+        self.group.add_argument(*flags, *([f"--{other}"] if other != body else []), **kwargs)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The parser of ``main.py``; names and defaults of the paper's code are kept, everything else is an addition."""
+    parser = argparse.ArgumentParser(
+        prog="main.py",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+        description="Train and evaluate DeiT and CaiT with AttnScale and FeatScale (arXiv 2203.05962).",
+        epilog="Example, two processes on one node:  torchrun --nproc_per_node=2 main.py --auto_reload "
+        "--model attnscale_small_12 --batch-size 512 --data-set IMNET --data-path /data/imagenet "
+        "--output_dir logs/attnscale_small_12     (flags can be written with - or with _)",
+    )
+
+    model = _Group(parser, "model")
+    model.add(
+        "--model",
+        default="deit_base_patch16_224",
+        type=str,
+        metavar="NAME",
+        help="any model of this zoo or of timm; --list-models prints the zoo",
+    )
+    model.add("--list-models", action="store_true", help="print the names of this zoo and leave")
+    model.add("--input-size", default=224, type=int, metavar="PX", help="side of the square input image, in pixels")
+    model.add(
+        "--num-classes",
+        default=None,
+        type=int,
+        metavar="N",
+        help="classes of the head; left out: counted from the data set",
+    )
+    model.add(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="KEY=VALUE",
+        help="constructor arguments of the model, e.g. embed_dim=96 num_heads=3 patch_size=8",
+    )
+    model.add(
+        "--drop",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="dropout after the position embedding, the attention projection and in the MLP (none on the head)",
+    )
+    model.add(
+        "--drop-path",
+        type=float,
+        default=0.1,
+        metavar="P",
+        help="stochastic depth: rises linearly to P over the layers on DeiT, constant on CaiT",
+    )
+    model.add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass")
+    model.add("--torchcompile", action="store_true", help="run the model through torch.compile")
+    model.add("--model-ema", action="store_true", help="keep a moving average of the weights (the default)")
+    model.add("--no-model-ema", action="store_false", dest="model_ema", help="keep none")
+    model.group.set_defaults(model_ema=True)
+    parser.set_defaults(model_ema=True)
+    model.add("--model-ema-decay", type=float, default=0.99996, metavar="D", help="decay of that average, per step")
+    model.add("--model-ema-force-cpu", action="store_true", default=False, help="keep it in host memory")
+
+    optim = _Group(parser, "optimizer")
+    optim.add("--batch-size", default=64, type=int, metavar="N", help="images per process and step")
+    optim.add("--epochs", default=500, type=int, metavar="N", help="passes over the data; the paper's recipe is 500")
+    optim.add(
+        "--grad-accum",
+        default=1,
+        type=int,
+        metavar="N",
+        help="batches whose gradients are added up before a step; counts in the effective batch",
+    )
+    optim.add("--opt", default="adamw", type=str, metavar="NAME", help="any optimizer of timm")
+    optim.add("--opt-eps", default=1e-8, type=float, metavar="EPS", help="epsilon of the optimizer")
+    optim.add(
+        "--opt-betas", default=None, type=float, nargs="+", metavar="B", help="betas; left out: the optimizer's own"
+    )
+    optim.add(
+        "--clip-grad",
+        type=float,
+        default=None,
+        metavar="NORM",
+        help="clip the gradient's global norm; left out or 0: no clipping",
+    )
+    optim.add("--momentum", type=float, default=0.9, metavar="M", help="momentum of SGD-like optimizers")
+    optim.add(
+        "--weight-decay",
+        type=float,
+        default=0.05,
+        metavar="W",
+        help="weight decay of matrices; vectors, biases, tokens and position embeddings get none",
+    )
+
+    lr = _Group(
+        parser,
+        "learning rate",
+        "Set once an epoch: epoch 0 runs at --warmup-lr, epoch e > 0 at the schedule's "
+        "value for e - 1, as in the paper's runs. The whole plan is printed at the start.",
+    )
+    lr.add(
+        "--lr",
+        type=float,
+        default=5e-4,
+        metavar="LR",
+        help="for a batch of 512; scaled by batch-size x processes x grad-accum / 512",
+    )
+    lr.add(
+        "--sched",
+        default="cosine",
+        type=str,
+        metavar="NAME",
+        help="any schedule of timm that depends on the epoch alone",
+    )
+    lr.add(
+        "--warmup-epochs", type=int, default=5, metavar="N", help="epochs of linear warm-up, if the schedule has one"
+    )
+    lr.add("--warmup-lr", type=float, default=1e-6, metavar="LR", help="where the warm-up starts (not scaled)")
+    lr.add("--min-lr", type=float, default=1e-5, metavar="LR", help="where the cosine ends (not scaled)")
+    lr.add("--decay-epochs", type=float, default=30, metavar="N", help="interval of step schedules; cosine has none")
+    lr.add("--decay-rate", "--dr", type=float, default=0.1, metavar="RATE", help="factor of step schedules")
+    lr.add(
+        "--cooldown-epochs",
+        type=int,
+        default=10,
+        metavar="N",
+        help="kept for old scripts: --epochs is the whole length of a run, none are added to it",
+    )
+    lr.add("--patience-epochs", type=int, default=10, metavar="N", help="kept for old scripts (plateau schedule only)")
+    lr.add("--lr-noise", type=float, nargs="+", default=None, metavar="PCT", help="epochs between which noise is added")
+    lr.add("--lr-noise-pct", type=float, default=0.67, metavar="PCT", help="limit of that noise")
+    lr.add("--lr-noise-std", type=float, default=1.0, metavar="STD", help="standard deviation of that noise")
+
+    aug = _Group(parser, "augmentation")
+    aug.add(
+        "--color-jitter", type=float, default=0.4, metavar="PCT", help="colour jitter; only without --aa, as in timm"
+    )
+    aug.add(
+        "--aa",
+        type=str,
+        default="rand-m9-mstd0.5-inc1",
+        metavar="NAME",
+        help='timm\'s AutoAugment policy; "none" switches it off',
+    )
+    aug.add("--smoothing", type=float, default=0.1, metavar="EPS", help="label smoothing")
+    aug.add("--train-interpolation", type=str, default="bicubic", metavar="NAME", help="random, bilinear or bicubic")
+    aug.add(
+        "--repeated-aug",
+        action="store_true",
+        help="each image three times an epoch, each time differently (the default)",
+    )
+    aug.add("--no-repeated-aug", action="store_false", dest="repeated_aug", help="each image once an epoch")
+    parser.set_defaults(repeated_aug=True)
+    aug.add("--reprob", type=float, default=0.25, metavar="P", help="probability of random erasing")
+    aug.add(
+        "--remode", type=str, default="pixel", metavar="MODE", help="what random erasing writes: const, rand or pixel"
+    )
+    aug.add("--recount", type=int, default=1, metavar="N", help="rectangles that random erasing draws")
+    aug.add("--resplit", action="store_true", default=False, help="do not erase in the first augmentation split")
+    aug.add("--mixup", type=float, default=0.8, metavar="ALPHA", help="mixup alpha; 0 switches it off")
+    aug.add("--cutmix", type=float, default=1.0, metavar="ALPHA", help="cutmix alpha; 0 switches it off")
+    aug.add(
+        "--cutmix-minmax",
+        type=float,
+        nargs="+",
+        default=None,
+        metavar="R",
+        help="smallest and largest ratio of the cut; switches cutmix on and its alpha off",
+    )
+    aug.add("--mixup-prob", type=float, default=1.0, metavar="P", help="probability of mixing a batch at all")
+    aug.add("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="probability of cutmix where both are on")
+    aug.add("--mixup-mode", type=str, default="batch", metavar="MODE", help="mix per batch, pair or elem")
+
+    distill = _Group(parser, "distillation", "Needs a student with a distillation token (deit_*_distilled_* of timm).")
+    distill.add(
+        "--distillation-type", default="none", choices=["none", "soft", "hard"], type=str, help="none, soft or hard"
+    )
+    distill.add("--teacher-model", default="regnety_160", type=str, metavar="NAME", help="any model of timm")
+    distill.add("--teacher-path", type=str, default="", metavar="FILE", help="the teacher's weights: a file or a URL")
+    distill.add("--distillation-alpha", default=0.5, type=float, metavar="A", help="weight of the distillation loss")
+    distill.add("--distillation-tau", default=1.0, type=float, metavar="T", help="temperature of the soft loss")
+
+    data = _Group(parser, "data")
+    data.add(
+        "--data-path",
+        default="/datasets01/imagenet_full_size/061417/",
+        type=str,
+        metavar="DIR",
+        help="folder of the data set; for ImageNet and FOLDER it holds train/<class>/ and val/<class>/",
+    )
+    data.add(
+        "--data-set",
+        default="IMNET100",
+        type=str,
+        choices=["CIFAR", "IMNET", "IMNET100", "INAT", "INAT19", "CIFAR10", "FMNIST", "FOLDER"],
+        help="kind of data set; CIFAR is CIFAR-100, FOLDER any tree of images with one folder a class",
+    )
+    data.add(
+        "--inat-category",
+        default="name",
+        type=str,
+        help="level of iNaturalist's labels",
+        choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"],
+    )
+    data.add(
+        "--num_workers", default=10, type=int, metavar="N", help="loader processes; their number changes no result"
+    )
+    data.add("--pin-mem", action="store_true", help="page-locked host memory for faster copies to a GPU (the default)")
+    data.add("--no-pin-mem", action="store_false", dest="pin_mem", help="ordinary memory")
+    parser.set_defaults(pin_mem=True)
+    data.add(
+        "--eval-crop-ratio",
+        type=float,
+        default=None,
+        metavar="R",
+        help="share of the resized image that evaluation keeps; left out: the model's own (DeiT 224/256, CaiT 1)",
+    )
+    data.add(
+        "--skip-bad-images", type=int, default=0, metavar="N", help="unreadable images to leave out before stopping"
+    )
+    data.add("--download", action="store_true", help="fetch CIFAR, CIFAR10 or FMNIST into --data-path if it is not there")
+
+    run = _Group(parser, "run")
+    run.add(
+        "--output_dir",
+        default="",
+        metavar="DIR",
+        help="checkpoints, log.txt and TensorBoard files go here; empty: nothing is written",
+    )
+    run.add("--device", default="auto", metavar="NAME", help="auto (CUDA where there is one, else CPU), cuda or cpu")
+    run.add(
+        "--amp-dtype",
+        default=None,
+        choices=["float16", "bfloat16", "float32"],
+        help="precision of the forward pass; left out: float16 with loss scaling on CUDA, float32 on CPU",
+    )
+    run.add("--seed", default=0, type=int, metavar="N", help="every random draw of a run follows from it")
+    run.add(
+        "--print-freq",
+        default=10,
+        type=int,
+        metavar="N",
+        help="steps between console lines, and between checks that the loss is finite",
+    )
+
+    files = _Group(parser, "checkpoints")
+    files.add(
+        "--auto_reload",
+        action="store_true",
+        help="continue from the newest good checkpoint in --output_dir, if there is one; it wins over --resume",
+    )
+    files.add(
+        "--resume",
+        default="",
+        metavar="FILE",
+        help="a whole training state to continue, or weights to start from (.pth, .safetensors, a URL)",
+    )
+    files.add(
+        "--finetune",
+        default="",
+        metavar="FILE",
+        help="weights to start from; another class count or image size is adapted to",
+    )
+    files.add(
+        "--start_epoch", default=0, type=int, metavar="N", help="first epoch, where no training state says otherwise"
+    )
+    files.add("--keep-checkpoints", type=int, default=0, metavar="N", help="keep the last N epochs' checkpoints too")
+    files.add(
+        "--checkpoint-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also save every N steps within an epoch; 0: only at its end",
+    )
+
+    evaluation = _Group(parser, "evaluation")
+    evaluation.add("--eval", action="store_true", help="evaluate --resume (or --finetune) and leave")
+    evaluation.add("--eval-ema", action="store_true", help="evaluate the moving average of the weights too")
+    evaluation.add("--throughput", action="store_true", help="measure images/s of the forward pass and leave")
+    evaluation.add(
+        "--dist-eval",
+        action="store_true",
+        default=False,
+        help="kept for old scripts: evaluation is always shared among the processes, exactly",
+    )
+    evaluation.add(
+        "--no-dist-eval", action="store_false", dest="shard_eval", help="let every process evaluate everything"
+    )
+    parser.set_defaults(shard_eval=True)
+
+    dist = _Group(parser, "processes", "Rank and world size come from torchrun, torch.distributed.launch or Slurm.")
+    dist.add(
+        "--world_size", default=1, type=int, metavar="N", help="kept for old scripts: the launcher's value is used"
+    )
+    dist.add("--dist_url", default="env://", metavar="URL", help="rendezvous of the processes")
+    dist.add("--dist-timeout", default=600, type=int, metavar="SECONDS", help="when to give up on a silent process")
+    dist.add(
+        "--local-rank", type=int, default=None, help=argparse.SUPPRESS
+    )  # torch.distributed.launch without --use_env
+    return parser
+
+
+class ArgumentError(ValueError):
+    """The flags contradict each other or hold an impossible value; the message names all of them."""
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Gathers everything that is wrong with the flags and raises once.
+
+    Raises:
+        ArgumentError: One line a problem, each with the flag, the value received and the way out.
+    """
+    problems = []
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            problems.append(message)
+
+    for flag in ("batch_size", "epochs", "grad_accum", "print_freq", "input_size", "dist_timeout"):
+        value = getattr(args, flag)
+        require(value >= 1, f"--{flag.replace('_', '-')} {value}: give a whole number of 1 or more")
+    for flag in ("num_workers", "seed", "start_epoch", "keep_checkpoints", "checkpoint_steps", "skip_bad_images"):
+        value = getattr(args, flag)
+        require(value >= 0, f"--{flag.replace('_', '-')} {value}: give a whole number of 0 or more")
+    for flag in (
+        "drop",
+        "drop_path",
+        "reprob",
+        "mixup_prob",
+        "mixup_switch_prob",
+        "smoothing",
+        "distillation_alpha",
+        "model_ema_decay",
+    ):
+        value = getattr(args, flag)
+        require(0 <= value <= 1, f"--{flag.replace('_', '-')} {value}: give a number from 0 to 1")
+    require(args.num_classes is None or args.num_classes >= 1, f"--num-classes {args.num_classes}: give 1 or more")
+    require(args.clip_grad is None or args.clip_grad >= 0, f"--clip-grad {args.clip_grad}: give 0 (off) or more")
+    require(args.mixup_mode in ("batch", "pair", "elem"), f"--mixup-mode {args.mixup_mode}: give batch, pair or elem")
+    require(
+        not (mixup_active(args) and args.batch_size % 2),
+        f"--batch-size {args.batch_size} is odd: mixup and cutmix "
+        "mix pairs; give an even number, or --mixup 0 --cutmix 0",
+    )
+    require(
+        "plateau" not in args.sched,
+        f"--sched {args.sched} depends on the results so far, not on the epoch alone, so a "
+        "resumed run would differ; use cosine, step, multistep, poly or tanh",
+    )
+    require(
+        not (args.resume and args.finetune),
+        f"--resume {args.resume} and --finetune {args.finetune}: give one of them; "
+        "--finetune for weights, --resume for a training state",
+    )
+    require(
+        not args.auto_reload or args.output_dir or args.eval,
+        "--auto_reload needs --output_dir, where the checkpoints are",
+    )
+    require(
+        not args.eval or args.resume or args.finetune or (args.auto_reload and args.output_dir),
+        "--eval needs weights: give --resume FILE",
+    )
+    require(
+        args.distillation_type == "none" or args.teacher_path or args.eval,
+        f"--distillation-type {args.distillation_type} needs --teacher-path: an untrained teacher teaches nothing",
+    )
+    require(
+        args.eval_crop_ratio is None or 0 < args.eval_crop_ratio <= 1,
+        f"--eval-crop-ratio {args.eval_crop_ratio}: give a number above 0, at most 1",
+    )
+    require(
+        not args.output_dir or not Path(args.output_dir).is_file(),
+        f"--output_dir {args.output_dir} is a file: give a folder",
+    )
+    if problems:
+        raise ArgumentError("\n".join(problems))
+
+
+def mixup_active(args: argparse.Namespace) -> bool:
+    """Whether batches are mixed at all, which decides the loss: soft targets or label smoothing."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None

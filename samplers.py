@@ -1,0 +1,122 @@
+"""Which image comes at which position of an epoch, and the seed that position has.
+
+Training samplers yield ``(index, sample_seed)``: the random draws of a sample belong to its position in the epoch, not
+to the worker that happens to load it, so neither the number of workers nor a restart changes them.
+"""
+
+from collections.abc import Iterator, Sized
+
+import numpy as np
+from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
+from torch.utils.data import DistributedSampler, Sampler
+
+__all__ = ["AddressedSampler", "OrderedDistributedSampler", "RASampler", "build_samplers", "sample_seed"]
+
+# timm's sampler gives the indices of DeiT's RASampler, and a whole epoch instead of none below 256 images.
+RASampler = RepeatAugSampler
+
+
+def sample_seed(seed: int, rank: int, epoch: int, position: int) -> int:
+    """Seed of one sample's random draws.
+
+    Args:
+        seed: Seed of the run, not negative.
+        rank: Rank of the process, not negative.
+        epoch: Epoch, counted from 0.
+        position: Position of the sample among this rank's samples of the epoch, counted from 0.
+
+    Returns:
+        An integer in [0, 2**32), the range that ``numpy.random.seed`` takes.
+    """
+    return int(np.random.SeedSequence((seed, rank, epoch, position)).generate_state(1, np.uint32)[0])
+
+
+class AddressedSampler(Sampler[tuple[int, int]]):
+    """Adds to every index of a sampler the seed of its position, and can begin inside an epoch.
+
+    Args:
+        sampler: Sampler of one rank's indices, with ``set_epoch`` where its order changes from epoch to epoch.
+        seed: Seed of the run.
+        rank: Rank of this process.
+
+    Raises:
+        ValueError: If ``seed`` or ``rank`` is negative.
+    """
+
+    def __init__(self, sampler: Sampler[int], *, seed: int, rank: int) -> None:
+        if seed < 0 or rank < 0:
+            raise ValueError(f"seed and rank must not be negative, got --seed {seed} and rank {rank}")
+        self.sampler = sampler
+        self.seed = seed
+        self.rank = rank
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Selects the epoch to iterate.
+
+        Args:
+            epoch: Epoch, counted from 0.
+            start: Number of this rank's samples that are already done and are left out.
+
+        Raises:
+            ValueError: If ``epoch`` is negative or ``start`` lies outside the epoch.
+        """
+        if epoch < 0:
+            raise ValueError(f"epoch must not be negative, got {epoch}")
+        if not 0 <= start <= len(self.sampler):
+            raise ValueError(f"start must lie within the {len(self.sampler)} samples of an epoch, got {start}")
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+        self.epoch = epoch
+        self.start = start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for position, index in enumerate(self.sampler):
+            if position >= self.start:
+                yield index, sample_seed(self.seed, self.rank, self.epoch, position)
+
+    def __len__(self) -> int:
+        return len(self.sampler) - self.start
+
+
+def build_samplers(
+    dataset_train: Sized | None,
+    dataset_val: Sized,
+    *,
+    world_size: int,
+    rank: int,
+    repeated_aug: bool,
+    seed: int,
+    shard_eval: bool = True,
+) -> tuple[AddressedSampler | None, OrderedDistributedSampler]:
+    """Samplers of one rank. No process group is needed.
+
+    Args:
+        dataset_train: Training images; None for evaluation only.
+        dataset_val: Evaluation images.
+        world_size: Number of processes.
+        rank: Rank of this process.
+        repeated_aug: Whether an image comes three times in a row (Hoffer et al., "Augment your batch", CVPR 2020); an
+            epoch then shows about a third of the images. Otherwise every image comes once.
+        seed: Seed of the samples' random draws. The order of the images depends on the epoch alone, as in DeiT: it has
+            to be the same on all ranks.
+        shard_eval: Whether the ranks share the evaluation images; otherwise each evaluates all of them.
+
+    Returns:
+        The training sampler (None without training images), and the evaluation sampler. The latter pads the ranks to
+        the same length and says in
+        ``num_valid_samples`` how many of its first samples are no padding.
+
+    Raises:
+        ValueError: If ``seed`` is negative or ``rank`` is not within ``world_size``.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
+    eval_replicas, eval_rank = (world_size, rank) if shard_eval else (1, 0)
+    val_sampler = OrderedDistributedSampler(dataset_val, num_replicas=eval_replicas, rank=eval_rank)
+    if dataset_train is None:
+        return None, val_sampler
+    sampler_class = RASampler if repeated_aug else DistributedSampler
+    train_sampler = sampler_class(dataset_train, num_replicas=world_size, rank=rank, shuffle=True)
+    return AddressedSampler(train_sampler, seed=seed, rank=rank), val_sampler

@@ -1,0 +1,113 @@
+"""Writes scikit-learn's 1,797 handwritten digits as an ImageFolder tree: a real data set without a download.
+
+    python scripts/prepare_digits.py                        # writes data/digits
+    python scripts/prepare_digits.py --output /tmp/digits
+    python main.py --data-set FOLDER --data-path data/digits --input-size 32 ...
+
+Images are 32x32 grey-scale PNG files, enlarged from 8x8 by bicubic interpolation. Of each digit, 36 images evenly
+spaced over the collection are for validation: 360 in all, and 1,437 for training. Every run writes the same files.
+
+Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998
+(its test part, as shipped in scikit-learn).
+"""
+
+import argparse
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+IMAGE_SIZE = 32
+VAL_IMAGES_PER_DIGIT = 36
+OUR_FILES = re.compile(r"(train|val)(/\d(/\d{4}\.png)?)?")
+
+
+def split_indices(labels: np.ndarray) -> dict[str, list[int]]:
+    """Splits the collection, stratified by digit.
+
+    Args:
+        labels: Digits, shape (num_images,).
+
+    Returns:
+        Sorted indices of ``"train"`` and ``"val"``.
+    """
+    val: set[int] = set()
+    for digit in np.unique(labels):
+        members = np.flatnonzero(labels == digit)
+        # Evenly spaced, because the collection is ordered by writer.
+        val.update(members[np.arange(VAL_IMAGES_PER_DIGIT) * len(members) // VAL_IMAGES_PER_DIGIT].tolist())
+    return {"train": [i for i in range(len(labels)) if i not in val], "val": sorted(val)}
+
+
+def planned_files() -> dict[str, np.ndarray]:
+    """All files of the tree.
+
+    Returns:
+        Relative paths such as ``train/7/0012.png``, each with its image: shape (8, 8), values 0 to 16.
+    """
+    digits = load_digits()
+    return {
+        f"{split}/{digits.target[i]}/{i:04d}.png": digits.images[i]
+        for split, indices in split_indices(digits.target).items()
+        for i in indices
+    }
+
+
+def prepare_digits(output: Path) -> bool:
+    """Writes the tree, unless it is there and complete.
+
+    Args:
+        output: Folder of the tree; an incomplete tree of an earlier run is replaced.
+
+    Returns:
+        Whether the tree was written.
+
+    Raises:
+        FileExistsError: If ``output`` holds anything that is not of this tree; nothing is deleted then.
+    """
+    images = planned_files()
+    if output.exists() or output.is_symlink():
+        found = {path.relative_to(output).as_posix(): path for path in output.rglob("*")} if output.is_dir() else None
+        foreign = ["itself"] if found is None else [name for name in found if not OUR_FILES.fullmatch(name)]
+        if foreign:
+            raise FileExistsError(
+                f"--output {output} holds something else than the digits ({sorted(foreign)[0]}): "
+                "choose another folder, or remove it"
+            )
+        if {name for name, path in found.items() if path.is_file() and path.stat().st_size > 0} == images.keys():
+            return False
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that the final rename is atomic and a killed run leaves no half tree.
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
+        tree = Path(temporary) / "tree"
+        for name, image in images.items():
+            path = tree / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.rint(image * (255 / 16)).astype(np.uint8)
+            Image.fromarray(pixels).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).save(path)
+        if output.exists():
+            shutil.rmtree(output)
+        tree.rename(output)
+    return True
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line; see the head of this file."""
+    parser = argparse.ArgumentParser(description="Write the handwritten digits as an ImageFolder tree.")
+    parser.add_argument("--output", type=Path, default=Path("data/digits"), help="folder of the tree (data/digits)")
+    output = parser.parse_args(argv).output
+    try:
+        written = prepare_digits(output)
+    except OSError as error:
+        parser.exit(1, f"prepare_digits: {error}\n")
+    counts = {split: sum(1 for _ in (output / split).glob("*/*.png")) for split in ("train", "val")}
+    state = "wrote" if written else "already there:"
+    print(f"{state} {output}: {counts['train']} training and {counts['val']} validation images, 10 classes")
+
+
+if __name__ == "__main__":
+    main()

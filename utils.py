@@ -1,0 +1,462 @@
+"""The process group, addressed randomness, the logs and the meters. Knows nothing of models, data or checkpoints."""
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, TypeVar
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor
+
+_logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+EXIT_BAD_INPUT = 2  # a flag or a file is wrong; running again as it stands will not help
+EXIT_NON_FINITE = 3  # the loss became infinite or not a number
+EXIT_LOST_PEER = 4  # another process of the run died or fell silent; this one could not go on alone
+EXIT_INTERRUPTED = 130  # Ctrl-C
+EXIT_PREEMPTED = 75  # stopped by SIGTERM or SIGUSR1 after saving; the same command with --auto_reload continues
+
+
+class SetupError(RuntimeError):
+    """The machine, not the code or the data, stands in the way: device, port, folder."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop, has saved, and leaves."""
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class World:
+    """This process among its peers, and the device it computes on."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def distributed(self) -> bool:
+        return self.world_size > 1
+
+
+def resolve_device(name: str) -> str:
+    """ "auto" becomes "cuda" where there is one, else "cpu".
+
+    Raises:
+        SetupError: If CUDA is asked for and there is none.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise SetupError(f"--device {name}: torch sees no CUDA device here; use --device auto or --device cpu")
+    return name
+
+
+@contextmanager
+def process_group(device: str = "auto", dist_url: str = "env://", timeout_s: int = 600) -> Iterator[World]:
+    """Joins the process group that the launcher's environment describes, and leaves it at the end.
+
+    Understands torchrun and torch.distributed.launch (RANK, WORLD_SIZE, LOCAL_RANK) and Slurm's srun (SLURM_PROCID,
+    SLURM_NTASKS, SLURM_LOCALID); without either this is a single process. NCCL on CUDA, gloo on CPU.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:<index>" (the index counts for a single process only).
+        dist_url: Rendezvous of the processes.
+        timeout_s: Seconds after which a collective with a silent peer fails.
+
+    Raises:
+        SetupError: If the device does not exist, or the processes cannot find each other.
+    """
+    rank, local_rank, world_size = _launcher_environment()
+    device = resolve_device(device)
+    if device == "cuda" or (device.startswith("cuda") and world_size > 1):
+        device = f"cuda:{local_rank % torch.cuda.device_count()}"
+    world = World(rank, local_rank, world_size, torch.device(device))
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if world.distributed:
+        _join(world, dist_url, timeout_s)
+    try:
+        yield world
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def launcher_rank() -> int:
+    """This process's rank, also before it joined a group."""
+    return _launcher_environment()[0]
+
+
+def _launcher_environment() -> tuple[int, int, int]:
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        hosts = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", env.get("SLURM_NODELIST", "localhost")))
+        env.setdefault("MASTER_ADDR", first_host(hosts))  # serves the rendezvous
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+        return int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), int(env["SLURM_NTASKS"])
+    return 0, 0, 1
+
+
+def first_host(hosts: str) -> str:
+    """The first host of Slurm's short form: ``node03`` of ``node[03-07,12],node20``, ``r1n4`` of ``r[1-2]n[4,6]``."""
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])*", hosts).group()
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
+
+
+def on_rank_zero(world: World, action: Callable[[], T]) -> T | None:
+    """Runs ``action`` on rank 0 while the others wait; an error of it is raised on all ranks, so that nobody hangs.
+
+    Returns:
+        What ``action`` returned on rank 0, None on the others.
+    """
+    outcome: list[Exception | None] = [None]
+    result = None
+    if world.is_main:
+        try:
+            result = action()
+        except Exception as error:  # whatever it is, it is raised again below
+            outcome[0] = error
+    if world.distributed:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise outcome[0]
+    return result
+
+
+def check_agreement(world: World, what: str, mine: Any) -> None:
+    """Compares a value over the ranks, which would otherwise hang or drift apart without a word.
+
+    Raises:
+        SetupError: On all ranks, if they differ.
+    """
+    values = [mine] * world.world_size
+    if world.distributed:
+        dist.all_gather_object(values, mine)
+    for rank, value in enumerate(values):
+        if value != values[0]:
+            raise SetupError(
+                f"{what} differs between the processes: {values[0]} on rank 0, {value} on rank {rank}; "
+                "--output_dir and --resume must be on storage that all of them share"
+            )
+
+
+def lost_peer(error: RuntimeError) -> str | None:
+    """What a failed collective says of a process that died or fell silent, in one line; None for another error."""
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "timed out")
+    lost = isinstance(error, dist.DistError) or "gloo" in text
+    return text.split("\n")[0].strip() if lost and any(sign in text for sign in signs) else None
+
+
+def _join(world: World, dist_url: str, timeout_s: int) -> None:
+    try:
+        dist.init_process_group(
+            "nccl" if world.device.type == "cuda" else "gloo",
+            init_method=dist_url,
+            world_size=world.world_size,
+            rank=world.rank,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=world.device if world.device.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:  # torch's DistNetworkError and DistStoreError are RuntimeErrors
+        where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        hint = (
+            "the port is taken: give the launcher another --master_port"
+            if "EADDRINUSE" in str(error)
+            else "check that every process was started and can reach that address"
+        )
+        raise SetupError(
+            f"rank {world.rank} of {world.world_size} could not join the process group at {where} "
+            f"(--dist_url {dist_url}): {hint}"
+        ) from error
+
+
+class StopSignal:
+    """Lets all ranks stop after the same step when any of them gets SIGTERM or SIGUSR1 (what Slurm and clouds send).
+
+    The ranks agree through one integer, summed over a gloo group of its own: no device is synchronised. The sum of a
+    step is read at the next one, so the exchange overlaps with the step's work. A launcher that is gone counts as a
+    signal: under torchrun nobody else would ever stop its processes, and a second run may start in the same folder.
+
+    Args:
+        world: The processes that agree.
+        timeout_s: Seconds after which a silent process is an error.
+    """
+
+    def __init__(self, world: World, timeout_s: int = 600) -> None:
+        self.received = False
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if world.distributed else None
+        self._pending: tuple[Tensor, dist.Work] | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+    def agreed(self) -> bool:
+        """Whether to stop now; call it once a step on every rank, it answers the same on all of them."""
+        if self.launcher not in (None, os.getppid()):
+            self.received = True
+        if self.group is None:
+            return self.received
+        stop = False
+        if self._pending is not None:
+            flag, work = self._pending
+            work.wait()
+            stop = bool(flag.item())
+        flag = torch.tensor([int(self.received)])
+        self._pending = flag, dist.all_reduce(flag, group=self.group, async_op=True)
+        return stop
+
+
+# ---- randomness ------------------------------------------------------------------------------------------------------
+def seed_everything(*address: int) -> None:
+    """Seeds python, numpy and torch from an address such as (seed, rank, epoch, step), and from nothing else.
+
+    Args:
+        *address: Non-negative integers. Equal addresses give equal draws, however the run got there.
+    """
+    state = np.random.SeedSequence(address).generate_state(3)
+    random.seed(int(state[0]))
+    np.random.seed(state[1])
+    torch.manual_seed(int(state[2]))
+
+
+# ---- meters ----------------------------------------------------------------------------------------------------------
+class Meters:
+    """Weighted means over an epoch, summed on the device in float64; only reading them waits for the device."""
+
+    def __init__(self, device: torch.device, sums: dict[str, list[float]] | None = None) -> None:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._new = lambda values: torch.tensor(values, dtype=dtype, device=device)
+        self.sums = {name: self._new(value) for name, value in (sums or {}).items()}
+        self._last = dict.fromkeys(self.sums, (0.0, 0.0))
+
+    def update(self, n: int, **values: Tensor | float) -> None:
+        """Adds ``n`` samples whose mean is ``value`` to each named meter."""
+        for name, value in values.items():
+            total = self.sums.setdefault(name, self._new([0.0, 0.0]))
+            total[0] += value * n
+            total[1] += n
+
+    def state(self) -> dict[str, list[float]]:
+        """The sums as plain numbers, exact: what a checkpoint within an epoch needs."""
+        return {name: total.tolist() for name, total in self.sums.items()}
+
+    def recent(self) -> dict[str, tuple[float, float]]:
+        """Name -> (mean since the last call, mean so far), of this process."""
+        means = {}
+        for name, (total, count) in self.state().items():
+            last_total, last_count = self._last.get(name, (0.0, 0.0))
+            means[name] = ((total - last_total) / max(count - last_count, 1e-12), total / max(count, 1e-12))
+            self._last[name] = (total, count)
+        return means
+
+    def means(self) -> dict[str, float]:
+        """Name -> mean so far over all processes; a collective."""
+        if not self.sums:
+            return {}
+        totals = torch.stack(list(self.sums.values()))
+        if dist.is_initialized():
+            dist.all_reduce(totals)
+        return {
+            name: total / max(count, 1e-12) for name, (total, count) in zip(self.sums, totals.tolist(), strict=True)
+        }
+
+
+# ---- logs ------------------------------------------------------------------------------------------------------------
+def setup_logging(rank: int) -> None:
+    """Console lines of rank 0 as they are; of the others only warnings, with their rank."""
+    logging.captureWarnings(True)
+    handler = logging.StreamHandler(sys.stdout)
+    if rank == 0:
+        handler.setFormatter(_PlainInfo())
+    else:
+        handler.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s: %(message)s"))
+        handler.setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+class _PlainInfo(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno <= logging.INFO else f"{record.levelname}: {text}"
+
+
+def describe_environment(world: World) -> str:
+    """Versions, revision and device: the first line of a run."""
+    if world.device.type == "cuda":
+        where = f"{world.world_size} x {torch.cuda.get_device_name(world.device)}"
+    else:
+        where = f"{world.world_size} process(es) on CPU, {torch.get_num_threads()} thread(s) each"
+    return (
+        f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
+        f"timm {timm.__version__}; revision {git_revision()}; {where}"
+    )
+
+
+def git_revision() -> str:
+    """Short commit id of this folder, with "+" where files differ from it; "unknown" outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.strip() + ("+" if changed.strip() else "")
+
+
+def make_folder(folder: Path) -> None:
+    """Makes ``folder`` and checks that files can be written there.
+
+    Raises:
+        SetupError: If not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SetupError(
+            f"--output_dir {folder}: nothing can be written there ({error.strerror}); give another folder"
+        ) from error
+
+
+@contextmanager
+def claimed_folder(folder: str | None, world: World, timeout_s: float = 60) -> Iterator[None]:
+    """Makes ``folder``, checks that files can be written there, and keeps other runs out of it within the context.
+
+    The claim is a POSIX lock: it vanishes with its process, however that ends, and loader processes do not inherit it.
+    File systems without locks are used without.
+
+    Args:
+        folder: Where this run writes; None or empty: nowhere.
+        world: A collective; rank 0 holds the lock.
+        timeout_s: Seconds to wait for a run that is just leaving.
+
+    Raises:
+        SetupError: On all ranks, if files cannot be written there or another run goes on writing there.
+    """
+    if not folder:
+        yield
+        return
+    lock = on_rank_zero(world, lambda: _lock(Path(folder), timeout_s))
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _lock(folder: Path, timeout_s: float) -> IO:
+    make_folder(folder)
+    file = (folder / ".lock").open("a")
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except (BlockingIOError, PermissionError) as error:
+            if time.monotonic() > deadline:
+                raise SetupError(
+                    f"--output_dir {folder}: another run is writing there; end that one, or give another folder"
+                ) from error
+            time.sleep(0.2)
+        except OSError:  # no locks on this file system
+            return file
+
+
+@contextmanager
+def explain_write_errors(folder: Path) -> Iterator[None]:
+    """Turns an ``OSError`` within the context, such as a full disk, into a ``SetupError`` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise SetupError(
+            f"--output_dir {folder}: writing failed ({error.strerror}); earlier checkpoints are untouched: mend that "
+            "(free some space), then the same command with --auto_reload continues"
+        ) from error
+
+
+def set_aside(folder: Path, names: list[str]) -> Path | None:
+    """Moves the named files into a new sub-folder ``earlier-<n>`` and returns it; None where there are none."""
+    files = [folder / name for name in names if (folder / name).exists()]
+    if not files:
+        return None
+    number = 1
+    while (folder / f"earlier-{number}").exists():
+        number += 1
+    target = folder / f"earlier-{number}"
+    target.mkdir()
+    for file in files:
+        file.rename(target / file.name)
+    return target
+
+
+class EpochLog:
+    """``log.txt``: one JSON object an epoch, each epoch exactly once.
+
+    A line is on disk before the checkpoint that follows it. So whatever a run was killed at, the lines before its
+    resume point are all there, and those from it on are dropped here and written again.
+    """
+
+    def __init__(self, path: Path, start_epoch: int) -> None:
+        self.path = path
+        kept = [line for line in self.read(path) if line["epoch"] < start_epoch] if path.exists() else []
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("w") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in kept))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def append(self, line: dict) -> None:
+        """Writes one epoch's line and waits until it is on disk."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @staticmethod
+    def read(path: Path) -> list[dict]:
+        """The epochs of a ``log.txt``; a last line cut short by a kill is left out."""
+        lines = []
+        for text in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+        return lines
