@@ -83,7 +83,7 @@ def num_classes(args: argparse.Namespace, start: Start) -> int:
 
 
 def build_model(args: argparse.Namespace, classes: int) -> nn.Module:
-    """The model of ``--model``; ``--drop`` goes where the paper's code has it, not to timm's ``drop_rate`` (the head)."""
+    """The model of ``--model``; ``--drop`` goes where the paper's code has it, not to ``drop_rate`` (the head)."""
     if not timm.is_model(args.model):
         near = get_close_matches(args.model, timm.list_models(), n=4, cutoff=0.5)
         raise ArgumentError(
@@ -180,7 +180,10 @@ def build_trainer(
 ) -> engine.Trainer:
     """Optimizer, loss, mixing and wrappers around the loaded model."""
     lr = optim.scaled_lr(args, world.world_size)
-    optimizer = optim.build_optimizer(args, model, lr)
+    try:
+        optimizer = optim.build_optimizer(args, model, lr)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ArgumentError(f"--opt {args.opt} (or --opt-eps, --opt-betas, --momentum): {error}") from error
     scaler = torch.amp.GradScaler(world.device.type, enabled=amp_dtype == torch.float16)
     if start.full:
         checkpoints.load_optimizer(optimizer, start.checkpoint["optimizer"])

@@ -116,11 +116,11 @@ def build_transform(is_train: bool, args: Namespace, data_config: dict[str, Any]
     Args:
         is_train: Whether to augment with DeiT's recipe. Otherwise the shorter side is resized to
             ``floor(input_size / crop_pct)`` and the centre is cropped.
-        args: Arguments. Training reads ``input_size, color_jitter, aa, train_interpolation, reprob, remode, recount``;
-            ``--aa none`` or ``''`` switches RandAugment off, and ``color_jitter`` then applies. Evaluation reads
-            ``input_size`` and ``eval_crop_ratio`` (absent or None: the model's own ``crop_pct``). Up to 32 pixels both
-            resize to ``input_size``, and training crops with a padding of 4 instead of cropping and resizing.
-            ``resplit`` acts on batches of augmentation splits only, which this recipe does not have.
+        args: Arguments. Training reads ``input_size, color_jitter, hflip, aa, train_interpolation, reprob, remode,
+            recount``; ``--aa none`` or ``''`` switches RandAugment off, and ``color_jitter`` then applies. Evaluation
+            reads ``input_size`` and ``eval_crop_ratio`` (absent or None: the model's own ``crop_pct``). Up to 32
+            pixels both resize to ``input_size``, and training crops with a padding of 4 instead of cropping and
+            resizing. ``resplit`` acts on batches of augmentation splits only, which this recipe does not have.
         data_config: ``timm.data.resolve_data_config({}, model=model)``: ``mean``, ``std``, ``crop_pct`` and
             ``interpolation`` (of the evaluation). None: timm's defaults, those of ImageNet.
 
@@ -136,6 +136,7 @@ def build_transform(is_train: bool, args: Namespace, data_config: dict[str, Any]
             input_size=args.input_size,
             is_training=True,
             color_jitter=args.color_jitter,
+            hflip=getattr(args, "hflip", 0.5),
             auto_augment=_auto_augment_policy(args.aa),
             interpolation=args.train_interpolation,
             mean=config["mean"],

@@ -1,0 +1,181 @@
+"""Evaluation is exact: the same accuracy to the last digit for any number of processes and any batch size."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from runs import TINY, call_main, free_port, run_main, tiny_tree
+from timm.data import resolve_data_config
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+
+import build
+import datasets
+import engine
+import fit
+import models  # noqa: F401 (registers the zoo, also in spawned processes)
+import utils
+from options import get_args_parser
+
+SIZE = dict(embed_dim=32, depth=2, num_heads=2, patch_size=8, img_size=32)
+IMAGES = 31  # neither a multiple of 2 or 3 processes nor of any of the batch sizes below
+BATCH_SIZES = ("2", "4", "10", "64")  # evaluation takes 1.5 times as many: 3, 6, 15 and all
+CLASSES = 7
+ALONE = utils.World(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of an evaluation whose answer depends on the image."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    data = tiny_tree(folder / "data", classes=CLASSES, train=CLASSES, val=IMAGES)
+    return evaluation_flags(data, folder / "weights.pth", CLASSES)
+
+
+def evaluation_flags(data: Path, weights: Path, classes: int) -> list[str]:
+    torch.manual_seed(0)
+    model = timm.create_model("attnscale_small_12", num_classes=classes, **SIZE)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    torch.save({"model": model.state_dict()}, weights)
+    return [*TINY, "--data-path", str(data), "--eval", "--resume", str(weights)]
+
+
+def evaluate(words: list[str], world: utils.World = ALONE) -> dict[str, float]:
+    """What ``main`` does for ``--eval``, by its own functions."""
+    args = get_args_parser().parse_args(words)
+    start = build.find_start(args)
+    model = build.build_model(args, build.num_classes(args, start))
+    build.load_start(args, start, model, world)
+    _, loader = build.build_loaders(args, model, world)
+    return fit.evaluate(args, model, None, loader, world, torch.float32)
+
+
+def every_setting(words: list[str], world: utils.World) -> dict[str, dict[str, float]]:
+    settings = {f"batch {size}": ["--batch-size", size] for size in BATCH_SIZES}
+    settings["each process all of it"] = ["--no-dist-eval"]
+    settings["an old script"] = ["--dist-eval"]
+    return {name: evaluate([*words, *more], world) for name, more in settings.items()}
+
+
+def worker(rank: int, world_size: int, port: int, words: list[str], folder: str) -> None:
+    names = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    torch.set_num_threads(1)
+    with utils.process_group("cpu") as world:
+        results = every_setting(words, world) | {"uneven": evaluate_unevenly(world)}
+    Path(folder, f"{rank}.json").write_text(json.dumps(results))
+
+
+def evaluate_unevenly(world: utils.World) -> dict[str, float]:
+    """Rank r of n has its own share in batches of its own size, so the ranks differ in their number of batches.
+
+    A model that took part in collectives (as DistributedDataParallel's forward pass does) would wait for ever.
+    """
+    torch.manual_seed(0)
+    images, targets = torch.randn(13, 3, 32, 32), torch.randint(0, CLASSES, (13,))
+    model = timm.create_model("featscale_small_12", num_classes=CLASSES, **SIZE)
+    if world.distributed:
+        DistributedDataParallel(model)  # as in training: the wrapper is there, evaluation gets the bare model
+    mine = TensorDataset(images[world.rank :: world.world_size], targets[world.rank :: world.world_size])
+    loader = DataLoader(mine, batch_size=1 if world.rank == 0 else 5)
+    return engine.evaluate(model, loader, world.device)
+
+
+@pytest.fixture(scope="module")
+def one_process(case: list[str]) -> dict[str, dict[str, float]]:
+    return every_setting(case, ALONE) | {"uneven": evaluate_unevenly(ALONE)}
+
+
+def assert_equal(result: dict[str, float], expected: dict[str, float]) -> None:
+    assert (result["acc1"], result["acc5"]) == (expected["acc1"], expected["acc5"])  # to the last digit
+    assert result["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
+def test_one_process_gives_the_same_for_any_batch_size(one_process: dict[str, dict[str, float]]) -> None:
+    results = {name: result for name, result in one_process.items() if name != "uneven"}
+    reference = results["batch 64"]
+    assert 0 < reference["acc1"] < reference["acc5"] < 100  # an answer that could go wrong
+    assert reference["acc1"] * IMAGES / 100 == pytest.approx(round(reference["acc1"] * IMAGES / 100))
+    for result in results.values():
+        assert_equal(result, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_several_processes_give_the_same_for_any_batch_size(
+    world_size: int, case: list[str], one_process: dict[str, dict[str, float]], tmp_path: Path
+) -> None:
+    context = mp.spawn(worker, (world_size, free_port(), case, str(tmp_path)), nprocs=world_size, join=False)
+    deadline = time.monotonic() + 200
+    while not context.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail(f"{world_size} processes did not end: one waits for another")
+    for rank in range(world_size):
+        results = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert results.keys() == one_process.keys()
+        for name, result in results.items():
+            assert_equal(result, one_process[name])  # on every rank
+
+
+@pytest.mark.slow
+def test_the_command_line_prints_the_same_line(case: list[str], one_process: dict[str, dict[str, float]]) -> None:
+    line = f"Accuracy of the network on the {IMAGES} test images: {one_process['batch 64']['acc1']:.3f}%"
+    assert line in call_main(*case, "--batch-size", "6").stdout
+    assert line in run_main(*case, "--batch-size", "6", processes=3).stdout
+
+
+def test_the_loss_is_the_mean_over_images_not_over_batches(case: list[str]) -> None:
+    """A last batch of one image counts once."""
+    args = get_args_parser().parse_args([*case, "--batch-size", "20"])
+    start = build.find_start(args)
+    model = build.build_model(args, CLASSES)
+    build.load_start(args, start, model, ALONE)
+    _, loader = build.build_loaders(args, model, ALONE)
+    assert [len(images) for images, _ in loader] == [30, 1]
+    images, targets = (torch.cat(part) for part in zip(*loader, strict=True))
+    with torch.inference_mode():
+        logits = model.eval()(images)
+    result = engine.evaluate(model, loader, ALONE.device)
+    assert result["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-6)
+    assert result["acc1"] == pytest.approx((logits.argmax(1) == targets).double().mean().item() * 100, rel=1e-12)
+    top5 = (logits.topk(5).indices == targets[:, None]).any(1)
+    assert result["acc5"] == pytest.approx(top5.double().mean().item() * 100, rel=1e-12)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 4])
+def test_fewer_than_five_classes_work(classes: int, tmp_path: Path) -> None:
+    data = tiny_tree(tmp_path / "data", classes=classes, train=classes, val=5)
+    result = evaluate(evaluation_flags(data, tmp_path / "weights.pth", classes))
+    assert result["acc5"] == 100
+    assert 0 <= result["acc1"] <= 100 and (classes > 1 or result["acc1"] == 100)
+
+
+def test_evaluation_leaves_the_model_as_it_was(case: list[str]) -> None:
+    args = get_args_parser().parse_args(case)
+    model = build.build_model(args, CLASSES).train()
+    _, loader = build.build_loaders(args, model, ALONE)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    engine.evaluate(model, loader, torch.device("cpu"))
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert not dist.is_initialized()
+
+
+def test_the_model_sets_the_crop_of_the_evaluation(case: list[str]) -> None:
+    """DeiT keeps 224 of 256 pixels, CaiT everything; --eval-crop-ratio overrules both."""
+    sizes = {}
+    for name, more in (("deit_tiny_12", []), ("cait_XXS24", []), ("deit_tiny_12", ["--eval-crop-ratio", "1"])):
+        args = get_args_parser().parse_args([*case, "--model", name, "--input-size", "224", *more])
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        resize = datasets.build_transform(False, args, resolve_data_config({}, model=model)).transforms[0]
+        sizes[(name, *more)] = resize.size
+    assert list(sizes.values()) == [256, 224, 224]
