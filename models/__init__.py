@@ -13,10 +13,11 @@ table of variants and ``default_cfgs``; then import it here.
 from . import cait, deit
 from .attnscale import AttnScaleAttention, AttnScaleTalkingHeadAttn
 from .featscale import FeatScaleBlock, FeatScaleLayerScaleBlock
+from .folding import set_fused
 
 __all__ = [
     "AttnScaleAttention", "AttnScaleTalkingHeadAttn", "FeatScaleBlock", "FeatScaleLayerScaleBlock",
-    "REMEDY_PARAMETERS", "cait", "deit", "is_remedy_parameter",
+    "REMEDY_PARAMETERS", "cait", "deit", "is_remedy_parameter", "set_fused",
 ]
 
 REMEDY_PARAMETERS = frozenset({"lamb", "lamb1", "lamb2"})

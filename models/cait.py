@@ -9,17 +9,19 @@ from timm.models.cait import Cait, checkpoint_filter_fn
 
 from .attnscale import AttnScaleTalkingHeadAttn
 from .featscale import FeatScaleLayerScaleBlock
+from .folding import set_fused
 from .registry import register_variants
 
 __all__ = ["Cait"]  # registration adds the name of each variant
 
 
-def _build(name: str, pretrained: bool, **kwargs) -> Cait:
+def _build(name: str, pretrained: bool, fused: bool | None = None, **kwargs) -> Cait:
     out_indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         Cait, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=out_indices, feature_cls="getter"), **kwargs,
     )
+    return model if fused is None else set_fused(model, fused)
 
 
 _PLAIN: dict = {}
