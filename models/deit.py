@@ -62,11 +62,11 @@ class DeiT(VisionTransformer):
 
 
 def first_tokens(block: Block, x: Tensor, num_tokens: int) -> Tensor:
-    """What ``block(x)[:, :num_tokens]`` is, without computing the rest: (B, N, C) -> (B, num_tokens, C).
+    """``block(x)[:, :num_tokens]`` without computing the rest: (B, N, C) -> (B, num_tokens, C).
 
-    The head of a class-token classifier reads nothing else of the last block: queries, projection and MLP are needed for
-    these tokens alone, keys and values for all (FeatScale's mean needs all queries too). Exact, in training too. Dropout
-    draws for these tokens only: the same law, another random stream.
+    The head of a class-token classifier reads nothing else of the last block: queries, projection and MLP are needed
+    for these tokens alone, keys and values for all (FeatScale's mean needs all queries too). Exact, in training too.
+    Dropout draws for these tokens only: the same law, another random stream.
     """
     y = block.norm1(x)
     if isinstance(block, FeatScaleBlock):

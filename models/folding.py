@@ -1,8 +1,8 @@
 """Folding: what is affine in an attention layer's output costs nothing if its projection does it.
 
 Both remedies scale the attention branch and add one vector an image. ``proj`` is affine too, so the two compose into
-one projection with another weight (C x C numbers, made anew in every step: parameters are never rewritten) and, in place
-of the bias, an offset of shape (B, 1, C). Backward keeps no further tensor over the tokens.
+one projection with another weight (C x C numbers, made anew in every step: parameters are never rewritten) and, in
+place of the bias, an offset of shape (B, 1, C). Backward keeps no further tensor over the tokens.
 
 A layer that can be folded into has ``unprojected(x, ...) -> (heads, weight, offset)``, with
 ``affine(heads, weight, offset)`` its output before ``proj_drop``. :func:`set_fused` turns this and every other fast
@@ -42,7 +42,7 @@ def can_fold(attn: nn.Module) -> bool:
 
 
 def affine(x: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor:
-    """``x weight^T + offset``: (B, N, C_in) -> (B, N, C_out); offset is None, (C_out,) or one an image, (B, 1, C_out)."""
+    """``x weight^T + offset``: (B, N, C_in) -> (B, N, C_out); offset is None, (C_out,) or (B, 1, C_out)."""
     if offset is None or offset.dim() == 1:
         return F.linear(x, weight, offset)
     return F.linear(x, weight).add_(offset)  # in place: backward does not need what linear returned

@@ -13,9 +13,9 @@ from timm.models.cait import TalkingHeadAttn
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Size of one scratch buffer. On a CPU the four of backward should stay in the cache; elsewhere a chunk only has to be
-# large enough that launching its kernels does not count.
-CPU_CHUNK_BYTES = 2 * 2**20
+# Size of one scratch buffer, though at least one image. On a CPU the four of backward should stay in the cache;
+# elsewhere a chunk only has to be large enough that launching its kernels does not count (a guess, not measured).
+CPU_CHUNK_BYTES = 2**20
 CHUNK_BYTES = 256 * 2**20
 
 
@@ -78,7 +78,7 @@ class TalkingHeads(torch.autograd.Function):
     """``y = (W_w softmax(W_l S) + b_w) V`` with ``S = scale Q K^T``, a chunk of images at a time.
 
     Its arguments are qkv (3, B, num_heads, N, head_dim), scale, W_l, b_l, W_w, b_w, tensors of one dtype. ``b_l``
-    cancels in the softmax; it is an argument so that it gets its gradient, zero (DDP waits for one from every parameter).
+    cancels in the softmax; it is an argument so that it gets its gradient, zero: DDP waits for one of every parameter.
     """
 
     @staticmethod
