@@ -43,7 +43,7 @@ def can_fold(attn: nn.Module) -> bool:
 
 def affine(x: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor:
     """``x weight^T + offset``: (B, N, C_in) -> (B, N, C_out); offset is None, (C_out,) or (B, 1, C_out)."""
-    if offset is None or offset.dim() == 1:
+    if offset is None or isinstance(offset, nn.Parameter):  # a bias as it is
         return F.linear(x, weight, offset)
     return F.linear(x, weight).add_(offset)  # in place: backward does not need what linear returned
 
