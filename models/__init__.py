@@ -10,13 +10,23 @@ parameters' names go into ``REMEDY_PARAMETERS``: a plain checkpoint may lack exa
 How to add a backbone: one file beside ``deit.py`` with a size table, a ``_build`` function around timm's model class,
 the table of variants and ``default_cfgs``; then import it here.
 """
+
 from . import cait, deit
 from .attnscale import AttnScaleAttention, AttnScaleTalkingHeadAttn
 from .featscale import FeatScaleBlock, FeatScaleLayerScaleBlock
+from .folding import set_fused
 
 __all__ = [
-    "AttnScaleAttention", "AttnScaleTalkingHeadAttn", "FeatScaleBlock", "FeatScaleLayerScaleBlock",
-    "REMEDY_PARAMETERS", "cait", "deit", "is_remedy_parameter", "list_models",
+    "AttnScaleAttention",
+    "AttnScaleTalkingHeadAttn",
+    "FeatScaleBlock",
+    "FeatScaleLayerScaleBlock",
+    "REMEDY_PARAMETERS",
+    "cait",
+    "deit",
+    "is_remedy_parameter",
+    "list_models",
+    "set_fused",
 ]
 
 REMEDY_PARAMETERS = frozenset({"lamb", "lamb1", "lamb2"})

@@ -4,23 +4,30 @@ The class-attention blocks get no remedy. Names keep the capital letters of the 
 which also keeps them apart from timm's own (``cait_s24_224``). Without a resolution in its name a model takes 384 px
 (M48: 448).
 """
+
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.cait import Cait, checkpoint_filter_fn
 
 from .attnscale import AttnScaleTalkingHeadAttn
 from .featscale import FeatScaleLayerScaleBlock
+from .folding import set_fused
 from .registry import register_variants
 
 __all__ = ["Cait"]  # registration adds the name of each variant
 
 
-def _build(name: str, pretrained: bool, **kwargs) -> Cait:
+def _build(name: str, pretrained: bool, fused: bool | None = None, **kwargs) -> Cait:
     out_indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
-        Cait, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"), **kwargs,
+    model = build_model_with_cfg(
+        Cait,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        **kwargs,
     )
+    return model if fused is None else set_fused(model, fused)
 
 
 _PLAIN: dict = {}
@@ -84,9 +91,17 @@ _VARIANTS = {
 def _cfg(name: str) -> dict:
     size = 224 if name.endswith("_224") else 448 if name.endswith("_M48") else 384
     return dict(
-        num_classes=1000, input_size=(3, size, size), pool_size=None, crop_pct=1.0, interpolation="bicubic",
-        fixed_input_size=True, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
-        first_conv="patch_embed.proj", classifier="head", license="mit",
+        num_classes=1000,
+        input_size=(3, size, size),
+        pool_size=None,
+        crop_pct=1.0,
+        interpolation="bicubic",
+        fixed_input_size=True,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv="patch_embed.proj",
+        classifier="head",
+        license="mit",
     )
 
 

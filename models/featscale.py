@@ -5,11 +5,19 @@ With ``DC[y]`` the mean over the tokens and ``HC[y] = y - DC[y]``, each block ge
 ``proj``, before LayerScale and drop-path)::
 
     y + gain (lamb1 * DC[y] + lamb2 * HC[y])                        (arXiv 2203.05962, FeatScale)
+
+``feat_scale`` is this definition. ``fold_feat_scale`` is the same inside ``proj``, where both blocks do it if
+the attention layer allows it (``folding.can_fold``) and no dropout comes between ``proj`` and the mean.
 """
+
 import torch
-from timm.models.cait import LayerScaleBlock
+from timm.layers import Attention, use_fused_attn
+from timm.models.cait import LayerScaleBlock, TalkingHeadAttn
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from .folding import FoldedAttention, affine, can_fold, has_hooks
+from .talking_heads import FusedTalkingHeadAttn
 
 # The paper's equation has gain 1. Its code for the DeiT backbone adds both bands a second time, and the published
 # DeiT weights go with that code: gain 2. Its CaiT code adds them once.
@@ -33,6 +41,42 @@ def feat_scale(y: Tensor, lamb1: Tensor, lamb2: Tensor, gain: float) -> Tensor:
     return y + gain * (lamb1.to(y.dtype) * dc + lamb2.to(y.dtype) * (y - dc))
 
 
+def fold_feat_scale(
+    weight: Tensor, offset: Tensor | None, mean: Tensor, lamb1: Tensor, lamb2: Tensor, gain: float
+) -> tuple[Tensor, Tensor]:
+    """FeatScale of ``y = affine(x, weight, offset)`` as another weight and offset.
+
+    ``y + gain (lamb1 DC + lamb2 HC) = (1 + gain lamb2) y + gain (lamb1 - lamb2) DC``: the first term scales the rows of
+    the weight, the second is one vector an image, since ``DC[y]`` is the projection of the mean token of ``x``.
+
+    Args:
+        weight: Shape (C, C_in).
+        offset: Shape (C,) or (B, 1, C), or None.
+        mean: Mean token of ``x``, shape (B, 1, C_in).
+        lamb1: As in ``feat_scale``.
+        lamb2: As in ``feat_scale``.
+        gain: As in ``feat_scale``.
+
+    Returns:
+        Weight (C, C_in) and offset (B, 1, C).
+    """
+    dc = affine(mean, weight, offset)
+    high = 1 + gain * lamb2.to(weight.dtype)
+    dc_offset = gain * (lamb1 - lamb2).to(dc.dtype) * dc
+    return high[:, None] * weight, dc_offset if offset is None else high * offset + dc_offset
+
+
+def _folds(block: nn.Module) -> bool:
+    attn = block.attn
+    return (
+        block.fused_attn
+        and hasattr(attn, "unprojected")
+        and can_fold(attn)
+        and not has_hooks(attn)
+        and not (block.training and attn.proj_drop.p > 0)
+    )
+
+
 class FeatScaleBlock(Block):
     """timm's ``Block`` with FeatScale; fits the ``block_fn`` slot of any timm ``VisionTransformer``.
 
@@ -43,8 +87,15 @@ class FeatScaleBlock(Block):
         **kwargs: As timm's ``Block``.
     """
 
-    def __init__(self, dim: int, *args, gain: float = DEIT_GAIN, device=None, dtype=None, **kwargs) -> None:
-        super().__init__(dim, *args, device=device, dtype=dtype, **kwargs)
+    fused_attn: torch.jit.Final[bool]
+
+    def __init__(
+        self, dim: int, *args, gain: float = DEIT_GAIN, attn_layer=Attention, device=None, dtype=None, **kwargs
+    ) -> None:
+        if attn_layer in (Attention, "", "attn"):
+            attn_layer = FoldedAttention  # the same layer, which hands out its projection
+        super().__init__(dim, *args, attn_layer=attn_layer, device=device, dtype=dtype, **kwargs)
+        self.fused_attn = use_fused_attn()
         self.gain = gain
         self.lamb1 = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
         self.lamb2 = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
@@ -56,9 +107,21 @@ class FeatScaleBlock(Block):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, C) -> (B, N, C); ``attn_mask`` and ``is_causal`` go to the attention layer."""
-        y = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
-        x = x + self.drop_path1(self.ls1(feat_scale(y, self.lamb1, self.lamb2, self.gain)))
+        x = x + self.drop_path1(self.ls1(self.attention_branch(self.norm1(x), attn_mask, is_causal)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def attention_branch(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, num_tokens: int | None = None
+    ) -> Tensor:
+        """Normed tokens (B, N, C) -> attention with FeatScale, (B, N, C) or the first ``num_tokens`` of it."""
+        if not torch.jit.is_scripting():
+            if _folds(self):
+                y, weight, offset = self.attn.unprojected(x, attn_mask, is_causal)
+                mean = y.mean(dim=1, keepdim=True)
+                weight, offset = fold_feat_scale(weight, offset, mean, self.lamb1, self.lamb2, self.gain)
+                return affine(y[:, :num_tokens], weight, offset)
+        y = self.attn(x, attn_mask=attn_mask, is_causal=is_causal)
+        return feat_scale(y, self.lamb1, self.lamb2, self.gain)[:, :num_tokens]
 
 
 class FeatScaleLayerScaleBlock(LayerScaleBlock):
@@ -71,14 +134,29 @@ class FeatScaleLayerScaleBlock(LayerScaleBlock):
         **kwargs: As timm's ``LayerScaleBlock``.
     """
 
-    def __init__(self, dim: int, *args, gain: float = CAIT_GAIN, device=None, dtype=None, **kwargs) -> None:
-        super().__init__(dim, *args, device=device, dtype=dtype, **kwargs)
+    fused_attn: torch.jit.Final[bool]
+
+    def __init__(
+        self, dim: int, *args, gain: float = CAIT_GAIN, attn_block=TalkingHeadAttn, device=None, dtype=None, **kwargs
+    ) -> None:
+        if attn_block is TalkingHeadAttn:
+            attn_block = FusedTalkingHeadAttn  # the same layer, faster, which hands out its projection
+        super().__init__(dim, *args, attn_block=attn_block, device=device, dtype=dtype, **kwargs)
+        self.fused_attn = use_fused_attn()
         self.gain = gain
         self.lamb1 = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
         self.lamb2 = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        y = feat_scale(self.attn(self.norm1(x)), self.lamb1, self.lamb2, self.gain)
-        x = x + self.drop_path(self.gamma_1 * y)
+        x = x + self.drop_path(self.gamma_1 * self.attention_branch(self.norm1(x)))
         return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
+
+    def attention_branch(self, x: Tensor) -> Tensor:
+        """Normed tokens (B, N, C) -> attention with FeatScale, (B, N, C)."""
+        if not torch.jit.is_scripting():
+            if _folds(self):
+                y, weight, offset = self.attn.unprojected(x)
+                mean = y.mean(dim=1, keepdim=True)
+                return affine(y, *fold_feat_scale(weight, offset, mean, self.lamb1, self.lamb2, self.gain))
+        return feat_scale(self.attn(x), self.lamb1, self.lamb2, self.gain)

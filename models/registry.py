@@ -1,4 +1,5 @@
 """Registers a table of model variants with timm, so that a variant is one row: its name, its remedy, its size."""
+
 import sys
 from collections.abc import Callable
 

@@ -1,0 +1,382 @@
+"""What the remedies cost, as ratios to the plain model; and the speed of any one model.
+
+    python scripts/benchmark.py                      # the tables of docs/performance.md
+    python scripts/benchmark.py --quick              # the same with small batches and few rounds: under two minutes
+    python scripts/benchmark.py --compare deit_small_patch16_224 attnscale_small_12 --model-kwargs depth=48
+    python scripts/benchmark.py --model attnscale_small_12 --batch-size 256 --device cuda --amp-dtype bfloat16
+
+Models compared take turns within one process, step by step, so that whatever else the machine does hits all of them;
+ratios are medians of the ratios of one round. Remedies have lambda != 0. Bytes are those kept for backward, parameters
+excluded: they do not depend on the machine. --results-file gets everything as JSON.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.utils import ParseKwargs
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import models
+
+MIB = 2**20
+
+
+class Comparison(NamedTuple):
+    """A plain model and what is compared with it, all built with the same arguments."""
+
+    plain: str
+    variants: tuple[str, ...]
+    img_size: int
+    plain_kwargs: dict[str, Any]  # makes the plain model what the names of the variants say
+
+
+def _small(depth: int) -> Comparison:
+    names = tuple(f"{family}_small_{depth}" for family in ("deit", "attnscale", "featscale", "attnfeatscale"))
+    return Comparison("deit_small_patch16_224", names, 224, dict(depth=depth))
+
+
+def _cait(size: str, img_size: int) -> Comparison:
+    name = f"cait_{size}_224" if img_size == 224 else f"cait_{size}"
+    variants = tuple(f"{family}_{name}" for family in ("attnscale", "featscale", "attnfeatscale"))
+    return Comparison(f"cait_{size.lower()}_{img_size}", variants, img_size, {})
+
+
+COMPARISONS = (_small(12), _small(24), _cait("XXS24", 224), _cait("S24", 224), _cait("XXS24", 384), _cait("S24", 384))
+QUICK_COMPARISONS = (_small(12), _cait("XXS24", 224))
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The flags; those for one model are named as in timm's benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tables = ",".join(TABLES)
+    parser.add_argument("--only", default=tables, metavar="A,B", help=f"tables to make, of {tables}")
+    parser.add_argument("--quick", action="store_true", help="two comparisons, batch 2, 3 rounds")
+    parser.add_argument("--compare", nargs="+", metavar="NAME", help="a plain model, then what to compare with it")
+    parser.add_argument("--model", metavar="NAME", help="no table: the speed, memory and MACs of this model")
+    parser.add_argument("--bench", choices=("both", "infer", "train"), default="both", help="what of it")
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
+    parser.add_argument("-b", "--batch-size", type=int, help="default: 8 in tables (--quick: 2), 64 with --model")
+    parser.add_argument("--img-size", type=int, help="default: that of the model")
+    parser.add_argument("--rounds", type=int, help="measured rounds of a table; default 7 (--quick: 3)")
+    parser.add_argument("--num-warm-iter", type=int, default=3, help="with --model: steps before measuring")
+    parser.add_argument("--num-bench-iter", type=int, default=10, help="with --model: steps measured")
+    parser.add_argument("--no-retry", action="store_true", help="with --model: fail instead of halving the batch")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--amp-dtype", choices=("bfloat16", "float16"), help="run under autocast; default: float32")
+    parser.add_argument("--torchcompile", action="store_true")
+    parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="CPU threads; one table for each number")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time of this process, for one thread on a machine that others use too",
+    )
+    parser.add_argument("--results-file", type=Path, metavar="JSON")
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------------ building blocks
+
+
+def build(name: str, img_size: int | None, device: torch.device, **kwargs: Any) -> nn.Module:
+    """A model with the parameters of its remedy drawn at random: at zero some of their work could be skipped."""
+    if img_size is not None:
+        kwargs["img_size"] = img_size
+    model = timm.create_model(name, **kwargs).to(device)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if models.is_remedy_parameter(parameter_name):
+                parameter.normal_(std=0.3)
+    return model
+
+
+class Runner:
+    """One model's training step and its evaluation, on random images."""
+
+    def __init__(self, model: nn.Module, batch_size: int, device: torch.device, amp_dtype: str | None, compiled: bool):
+        _, channels, height, width = (1, 3, *model.patch_embed.img_size)
+        self.model, self.device = model, device
+        self.images = torch.randn(batch_size, channels, height, width, device=device)
+        self.targets = torch.randint(model.num_classes, (batch_size,), device=device)
+        self.call = torch.compile(model) if compiled else model
+        self.autocast: Callable[[], Any] = nullcontext
+        self.scale = 1.0
+        if amp_dtype is not None:
+            self.autocast = lambda: torch.autocast(device.type, getattr(torch, amp_dtype))
+            self.scale = 1024.0 if amp_dtype == "float16" else 1.0
+
+    def loss(self) -> Tensor:
+        """The forward half of a training step."""
+        with self.autocast():
+            logits = self.call(self.images)
+        return F.cross_entropy(logits.float(), self.targets)
+
+    def train(self) -> None:
+        """Forward and backward; the optimizer's part depends on the parameters only."""
+        self.model.train()
+        (self.loss() * self.scale).backward()
+        self.model.zero_grad(set_to_none=True)
+
+    def infer(self) -> None:
+        """Forward in evaluation mode."""
+        self.model.eval()
+        with torch.inference_mode(), self.autocast():
+            self.call(self.images)
+
+
+def seconds(step: Callable[[], None], device: torch.device, clock: str = "wall") -> float:
+    """Time of one call, work on the device included."""
+    now = time.process_time if clock == "cpu" else time.perf_counter
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = now()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return now() - start
+
+
+def bytes_saved(model: nn.Module, loss: Callable[[], Tensor]) -> int:
+    """Memory that ``loss()`` keeps for its backward pass: each storage once, those of parameters not at all."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def count_macs(runner: Runner) -> int:
+    """Multiply-accumulates of one image, matrix products and convolutions only, without any short cut.
+
+    So they are comparable with published numbers; the counter does not see into fused attention either.
+    """
+    model = models.set_fused(copy.deepcopy(runner.model), False).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(runner.images[:1])
+    return counter.get_total_flops() // 2
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def models_table(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of every comparison, for every number of threads; see :func:`compare`."""
+    if args.compare:
+        comparisons = [Comparison(args.compare[0], tuple(args.compare[1:]), args.img_size or 224, {})]
+    else:
+        comparisons = QUICK_COMPARISONS if args.quick else COMPARISONS
+    rows = []
+    for comparison in comparisons:
+        for threads in args.threads or [torch.get_num_threads()]:
+            torch.set_num_threads(threads)
+            rows += compare(comparison, args)
+            print(format_rows(rows[-1 - len(comparison.variants) :]), flush=True)
+            gc.collect()
+    return rows
+
+
+def compare(comparison: Comparison, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measures a plain model and its variants in turns.
+
+    Returns:
+        One row a model, the plain one first: times of a step in milliseconds (medians), memory kept for backward, and
+        all three relative to the plain model.
+    """
+    device = torch.device(args.device)
+    batch_size = args.batch_size or (2 if args.quick else 8)
+    img_size = args.img_size or comparison.img_size
+    names = (comparison.plain, *comparison.variants)
+    runners = []
+    for name in names:
+        kwargs = {**(comparison.plain_kwargs if name == comparison.plain else {}), **args.model_kwargs}
+        model = build(name, img_size, device, **kwargs)
+        runners.append(Runner(model, batch_size, device, args.amp_dtype, args.torchcompile))
+    saved = [bytes_saved(runner.model, runner.loss) for runner in runners]
+    times = {
+        phase: take_turns(
+            [getattr(runner, phase) for runner in runners], args.rounds or (3 if args.quick else 7), device, args.clock
+        )
+        for phase in ("train", "infer")
+    }
+    rows = []
+    for i, name in enumerate(names):
+        row = dict(
+            model=name,
+            plain=comparison.plain,
+            img_size=img_size,
+            batch_size=batch_size,
+            depth=len(runners[i].model.blocks),
+            threads=torch.get_num_threads(),
+            saved_mib=saved[i] / MIB,
+            saved_ratio=saved[i] / saved[0],
+        )
+        for phase, rounds in times.items():
+            row[f"{phase}_ms"] = 1e3 * statistics.median(turn[i] for turn in rounds)
+            row[f"{phase}_ratio"] = statistics.median(turn[i] / turn[0] for turn in rounds)
+            row[f"{phase}_rounds_s"] = [turn[i] for turn in rounds]
+        rows.append(row)
+    return rows
+
+
+def take_turns(steps: list[Callable[[], None]], num_rounds: int, device: torch.device, clock: str) -> list[list[float]]:
+    """Seconds of every step in every round; the order turns from round to round, after one round to warm up."""
+    for step in steps:
+        step()
+    rounds = []
+    for number in range(num_rounds):
+        turn = [0.0] * len(steps)
+        for i in range(len(steps)):
+            i = (i + number) % len(steps)
+            turn[i] = seconds(steps[i], device, clock)
+        rounds.append(turn)
+    return rounds
+
+
+def format_rows(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table."""
+    first = rows[0]
+    lines = [
+        f"\n{first['img_size']} px, batch {first['batch_size']}, {first['threads']} thread(s)\n",
+        "| model | train step | eval | bytes saved | train ms | eval ms | saved MiB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['model']} ({row['depth']}) | {row['train_ratio']:.2f} | {row['infer_ratio']:.2f} "
+            f"| {row['saved_ratio']:.2f} | {row['train_ms']:.0f} | {row['infer_ms']:.0f} | {row['saved_mib']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+# A table is a function from the arguments to rows; `--only` takes these names.
+TABLES: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {"models": models_table}
+
+
+# ------------------------------------------------------------------------------------------------------------ one model
+
+
+def benchmark_model(args: argparse.Namespace) -> dict[str, Any]:
+    """The speed of ``args.model``, with the keys that timm's benchmark writes.
+
+    A batch that does not fit into memory is halved until it does.
+
+    Raises:
+        RuntimeError: If not even one image fits, or with ``--no-retry`` the batch does not.
+    """
+    device = torch.device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads[0])
+    batch_size = args.batch_size or 64
+    while True:
+        try:
+            return _benchmark_model(args, device, batch_size)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error) or args.no_retry or batch_size == 1:
+                raise
+        batch_size //= 2
+        print(f"out of memory: trying --batch-size {batch_size}", file=sys.stderr)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)  # the latter: torch on CPU
+
+
+def _benchmark_model(args: argparse.Namespace, device: torch.device, batch_size: int) -> dict[str, Any]:
+    model = build(args.model, args.img_size, device, **args.model_kwargs)
+    runner = Runner(model, batch_size, device, args.amp_dtype, args.torchcompile)
+    result: dict[str, Any] = dict(
+        model=args.model,
+        batch_size=batch_size,
+        img_size=runner.images.shape[-1],
+        param_count=round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2),
+        gmacs=round(count_macs(runner) / 1e9, 3),
+        saved_mib_per_image=round(bytes_saved(model, runner.loss) / batch_size / MIB, 2),
+    )
+    for phase in ("infer", "train") if args.bench == "both" else (args.bench,):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        step = getattr(runner, phase)
+        for _ in range(args.num_warm_iter):
+            step()
+        step_time = statistics.median(seconds(step, device, args.clock) for _ in range(args.num_bench_iter))
+        result[f"{phase}_samples_per_sec"] = round(batch_size / step_time, 2)
+        result[f"{phase}_step_time"] = round(1e3 * step_time, 3)  # milliseconds
+        if device.type == "cuda":
+            result[f"{phase}_peak_mib"] = round(torch.cuda.max_memory_allocated(device) / MIB, 1)
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers hold for."""
+    machine: dict[str, Any] = dict(
+        processor=platform.processor() or platform.machine(),
+        threads=torch.get_num_threads(),
+        capability=torch.backends.cpu.get_cpu_capability(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        timm=timm.__version__,
+    )
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        machine |= dict(processor=names[0] if names else machine["processor"], cores=len(names))
+    if device.type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    return machine
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures, prints and returns what ``--results-file`` gets.
+
+    Raises:
+        ValueError: If ``--only`` names a table that does not exist.
+    """
+    wanted = args.only.split(",")
+    if unknown := set(wanted) - set(TABLES):
+        raise ValueError(f"--only {args.only}: no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
+    results: dict[str, Any] = dict(
+        command=shlex.join(["python", *sys.argv]), machine=describe_machine(torch.device(args.device))
+    )
+    print(json.dumps(results["machine"]))
+    if args.model:
+        results["model"] = benchmark_model(args)
+        print(f"--result\n{json.dumps(results['model'], indent=4)}")
+    else:
+        results |= {name: TABLES[name](args) for name in wanted}
+    if args.results_file:
+        args.results_file.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return results
+
+
+if __name__ == "__main__":
+    main(get_parser().parse_args())

@@ -1,0 +1,136 @@
+"""The benchmark runs, and the memory kept for backward is what docs/performance.md promises. No test holds a time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from scripts import benchmark
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+SMALL_RUN = [
+    "--compare",
+    "vit_tiny_patch16_224",
+    "attnscale_tiny_12",
+    "featscale_tiny_12",
+    "--img-size",
+    "32",
+    "--batch-size",
+    "2",
+    "--rounds",
+    "2",
+    "--model-kwargs",
+    "depth=2",
+    "patch_size=8",
+]
+
+
+def saved(name: str, batch_size: int, img_size: int, **kwargs: object) -> int:
+    runner = benchmark.Runner(benchmark.build(name, img_size, CPU, **kwargs), batch_size, CPU, None, False)
+    return benchmark.bytes_saved(runner.model.train(), runner.loss)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["attnscale", "featscale"])
+@pytest.mark.parametrize("depth, limit", [(12, 1.0), (24, 1.01)])
+def test_deit_keeps_no_more_than_plain(family: str, depth: int, limit: float) -> None:
+    plain = saved("deit_small_patch16_224", 8, 224, depth=depth)
+    assert saved(f"{family}_small_{depth}", 8, 224) <= limit * plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["attnscale", "featscale"])
+@pytest.mark.parametrize("img_size, batch_size, limit", [(224, 4, 0.55), (384, 1, 0.45)])
+def test_cait_keeps_about_half_of_timms(family: str, img_size: int, batch_size: int, limit: float) -> None:
+    plain = saved("cait_xxs24_224", batch_size, img_size)
+    assert saved(f"{family}_cait_XXS24_224", batch_size, img_size) <= limit * plain
+
+
+def test_bytes_saved_count_each_storage_once_and_no_parameter() -> None:
+    layer, x = torch.nn.Linear(4, 4), torch.randn(8, 4, requires_grad=True)
+    assert benchmark.bytes_saved(layer, lambda: layer(x).sum()) == x.untyped_storage().nbytes()
+    assert benchmark.bytes_saved(layer, lambda: (layer(x) + layer(x.view(2, 4, 4)).flatten(0, 1)).sum()) == x.nbytes
+
+
+def test_macs_of_a_known_model() -> None:
+    runner = benchmark.Runner(timm.create_model("deit_tiny_patch16_224"), 1, CPU, None, False)
+    assert benchmark.count_macs(runner) / 1e9 == pytest.approx(1.26, rel=0.01)  # timm's results: 1.26 GMACs
+
+
+def test_lambda_is_not_zero() -> None:
+    model = benchmark.build("attnfeatscale_tiny_12", 32, CPU, patch_size=8)
+    assert all(parameter.abs().sum() > 0 for name, parameter in model.named_parameters() if "lamb" in name)
+
+
+def test_command_line_compares_and_writes_json(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    command = [sys.executable, "scripts/benchmark.py", *SMALL_RUN, "--threads", "1", "--results-file", str(file)]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout
+    results = json.loads(file.read_text())
+    assert results["machine"]["torch"] == torch.__version__ and "--compare" in results["command"]
+    assert [row["model"] for row in results["models"]] == [*SMALL_RUN[1:4]]
+    assert results["models"][0]["train_ratio"] == results["models"][0]["saved_ratio"] == 1
+    assert all(len(row["infer_rounds_s"]) == 2 and row["train_ms"] > 0 for row in results["models"])
+    assert "| attnscale_tiny_12 (2) |" in printed
+
+
+def test_one_model_has_the_keys_of_timms_benchmark(tmp_path: Path) -> None:
+    argv = [
+        "--model",
+        "attnscale_tiny_12",
+        "--img-size",
+        "32",
+        "-b",
+        "4",
+        "--num-bench-iter",
+        "1",
+        "--num-warm-iter",
+        "0",
+        "--amp-dtype",
+        "bfloat16",
+        "--model-kwargs",
+        "depth=1",
+    ]
+    result = benchmark.main(benchmark.get_parser().parse_args(argv))["model"]
+    assert result["batch_size"] == 4 and result["img_size"] == 32 and result["param_count"] > 0 and result["gmacs"] > 0
+    assert result["infer_samples_per_sec"] > 0 and result["train_step_time"] > 0
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = benchmark.Runner.train
+
+    def train(runner: benchmark.Runner) -> None:
+        if len(runner.images) > 4:
+            raise torch.OutOfMemoryError("no room")  # where a device would run out
+        whole(runner)
+
+    monkeypatch.setattr(benchmark.Runner, "train", train)
+    argv = [
+        "--model",
+        "deit_tiny_12",
+        "--img-size",
+        "32",
+        "-b",
+        "16",
+        "--num-bench-iter",
+        "1",
+        "--num-warm-iter",
+        "0",
+        "--model-kwargs",
+        "depth=1",
+    ]
+    args = benchmark.get_parser().parse_args(argv)
+    assert benchmark.benchmark_model(args)["batch_size"] == 4
+    args.no_retry = True
+    with pytest.raises(torch.OutOfMemoryError):
+        benchmark.benchmark_model(args)
+
+
+def test_unknown_table_is_refused() -> None:
+    with pytest.raises(ValueError, match="--only models,nope: no table nope; there are models"):
+        benchmark.main(benchmark.get_parser().parse_args(["--only", "models,nope"]))

@@ -1,0 +1,380 @@
+"""Every fast path against the definition it replaces: values and all gradients, in float64 to rounding."""
+
+import copy
+import itertools
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from timm.layers import Attention
+from timm.models.cait import LayerScaleBlock, TalkingHeadAttn
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
+from models import talking_heads
+from models.attnscale import AttnScaleAttention, AttnScaleTalkingHeadAttn, attn_scale
+from models.deit import DeiT, first_tokens
+from models.featscale import FeatScaleBlock, FeatScaleLayerScaleBlock, feat_scale
+from models.folding import FoldedAttention
+from models.talking_heads import FusedTalkingHeadAttn
+
+DIM, HEADS, TOKENS = 24, 3, 10
+TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7)
+DEIT = ["deit_tiny_12", "attnscale_tiny_12", "featscale_tiny_12", "attnfeatscale_tiny_12"]
+CAIT = ["cait_XXS24", "attnscale_cait_XXS24", "featscale_cait_XXS24", "attnfeatscale_cait_XXS24"]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    """Every parameter away from where the remedies, LayerScale and the biases do nothing."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.3)
+            if parameter.dim() == 1:
+                parameter.add_(0.4)
+    return module
+
+
+def tiny(name: str, **kwargs: object) -> nn.Module:
+    return randomise(timm.create_model(name, **TINY | kwargs))
+
+
+def values_and_gradients(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = function(x)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y.dtype)
+    gradients = torch.autograd.grad((y * weights).sum(), [x, *module.parameters()], materialize_grads=True)
+    return [y, *gradients]
+
+
+def assert_same(ours: list[Tensor], definition: list[Tensor], tolerance: float = 1e-10) -> None:
+    for a, b in zip(ours, definition, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * (1 + b.detach().abs().max().item()))
+
+
+def masks(kind: str, num_tokens: int) -> tuple[dict, Tensor]:
+    """Arguments of the call and the additive mask they stand for."""
+    allowed = (torch.rand(num_tokens, num_tokens) > 0.4) | torch.eye(num_tokens, dtype=torch.bool)
+    if kind == "causal":
+        allowed = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
+    bias = torch.zeros(num_tokens, num_tokens, dtype=torch.float64)
+    if kind != "none":
+        bias = bias.masked_fill(~allowed, float("-inf"))
+    return {"none": {}, "bool": dict(attn_mask=allowed), "float": dict(attn_mask=bias), "causal": dict(is_causal=True)}[
+        kind
+    ], bias
+
+
+def dense_attention(attn: Attention, x: Tensor, bias: Tensor) -> Tensor:
+    q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+    maps = (attn.scale * attn.q_norm(q) @ attn.k_norm(k).mT + bias).softmax(-1)
+    if hasattr(attn, "lamb"):
+        maps = attn_scale(maps, attn.lamb)
+    y = attn.norm((maps @ v).transpose(1, 2).flatten(2))
+    return attn.proj(y if attn.gate is None else y * attn.gate(x).sigmoid())
+
+
+def dense_talking_heads(attn: TalkingHeadAttn, x: Tensor) -> Tensor:
+    q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    maps = attn.proj_l((attn.scale * q @ k.mT).permute(0, 2, 3, 1)).softmax(dim=2).permute(0, 3, 1, 2)
+    maps = attn.proj_w(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    if hasattr(attn, "lamb"):
+        maps = attn_scale(maps, attn.lamb)
+    return attn.proj((maps @ v).transpose(1, 2).flatten(2))
+
+
+# ---- folding into proj -----------------------------------------------------------------------------------------------
+OPTIONS = [
+    {},
+    {"qkv_bias": True},
+    {"proj_bias": False},
+    {"qk_norm": True},
+    {"scale_norm": True},
+    {"gated": True},
+    {"attn_head_dim": 4},
+]
+
+
+@pytest.mark.parametrize("masking", ["none", "bool", "float", "causal"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("layer", [FoldedAttention, AttnScaleAttention])
+def test_attention_equals_the_definition(layer: type[Attention], options: dict, masking: str) -> None:
+    attn = randomise(layer(DIM, HEADS, norm_layer=nn.LayerNorm, **options).double())
+    x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    call, bias = masks(masking, TOKENS)
+    definition = values_and_gradients(lambda x: dense_attention(attn, x, bias), attn, x)
+    for fused in (True, False):
+        models.set_fused(attn, fused)
+        assert_same(values_and_gradients(lambda x: attn(x, **call), attn, x), definition)
+
+
+@pytest.mark.parametrize("masking", ["none", "bool", "causal"])
+@pytest.mark.parametrize(
+    "options", [{}, {"qk_norm": True}, {"scale_attn_norm": True}, {"proj_bias": False}, {"init_values": 0.1}], ids=str
+)
+@pytest.mark.parametrize("layer", [Attention, AttnScaleAttention])
+def test_feat_scale_block_equals_the_definition(layer: type[Attention], options: dict, masking: str) -> None:
+    block = randomise(FeatScaleBlock(DIM, HEADS, norm_layer=nn.LayerNorm, attn_layer=layer, **options).double())
+    x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    call, bias = masks(masking, TOKENS)
+
+    def definition(x: Tensor) -> Tensor:
+        y = feat_scale(dense_attention(block.attn, block.norm1(x), bias), block.lamb1, block.lamb2, 2.0)
+        x = x + block.ls1(y)
+        return x + block.ls2(block.mlp(block.norm2(x)))
+
+    expected = values_and_gradients(definition, block, x)
+    for fused in (True, False):
+        models.set_fused(block, fused)
+        assert_same(values_and_gradients(lambda x: block(x, **call), block, x), expected)
+
+
+@pytest.mark.parametrize("layer", [TalkingHeadAttn, AttnScaleTalkingHeadAttn])
+def test_feat_scale_block_of_cait_equals_the_definition(layer: type[TalkingHeadAttn]) -> None:
+    block = randomise(FeatScaleLayerScaleBlock(DIM, HEADS, attn_block=layer).double())
+    x = torch.randn(3, TOKENS, DIM, dtype=torch.float64)
+
+    def definition(x: Tensor) -> Tensor:
+        y = feat_scale(dense_talking_heads(block.attn, block.norm1(x)), block.lamb1, block.lamb2, 1.0)
+        x = x + block.gamma_1 * y
+        return x + block.gamma_2 * block.mlp(block.norm2(x))
+
+    expected = values_and_gradients(definition, block, x)
+    for fused in (True, False):
+        models.set_fused(block, fused)
+        assert_same(values_and_gradients(block, block, x), expected)
+
+
+@pytest.mark.parametrize("rates", [dict(proj_drop=0.3), dict(attn_drop=0.3), dict(drop_path=0.5)], ids=str)
+@pytest.mark.parametrize("layer", [Attention, AttnScaleAttention])
+def test_dropout_falls_where_the_definition_has_it(layer: type[Attention], rates: dict) -> None:
+    """With the same seed both forms drop the same entries, so what they give must be equal."""
+    block = randomise(FeatScaleBlock(DIM, HEADS, attn_layer=layer, norm_layer=nn.LayerNorm, **rates).double())
+    if layer is Attention and "attn_drop" in rates:
+        pytest.skip("fused attention draws its own dropout, as in timm")
+    x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    results = []
+    for fused in (True, False):
+        models.set_fused(block, fused)
+        torch.manual_seed(1)
+        results.append(values_and_gradients(block, block, x))
+    assert_same(*results)
+
+
+def test_a_replaced_projection_is_called() -> None:
+    """Adapters such as LoRA put another module in the place of ``proj``; its weight alone would not be its output."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    block = randomise(FeatScaleBlock(DIM, HEADS, attn_layer=AttnScaleAttention).double()).eval()
+    x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    plain = block.attn.proj
+    block.attn.proj = Doubled(DIM, DIM).double()
+    block.attn.proj.load_state_dict(plain.state_dict())
+    ours = block.attention_branch(x)
+    block.attn.proj = plain
+    torch.testing.assert_close(ours, 2 * block.attention_branch(x))
+
+
+def test_hooks_on_the_attention_and_its_projection_are_called() -> None:
+    block = randomise(FeatScaleBlock(DIM, HEADS, attn_layer=AttnScaleAttention))
+    x, calls = torch.randn(2, TOKENS, DIM), []
+    expected = block(x)
+    for module in (block.attn, block.attn.proj):
+        module.register_forward_hook(lambda module, args, output: calls.append(type(module)))
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
+    assert calls == [nn.Linear, AttnScaleAttention]
+
+
+# ---- talking heads ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("images_at_a_time", [1, 2, 5])
+@pytest.mark.parametrize("layer", [FusedTalkingHeadAttn, AttnScaleTalkingHeadAttn])
+def test_talking_heads_equal_the_definition(
+    layer: type[TalkingHeadAttn], images_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(talking_heads, "CPU_CHUNK_BYTES", images_at_a_time * HEADS * TOKENS**2 * 8)
+    attn = randomise(layer(DIM, HEADS, qkv_bias=True).double())
+    x = torch.randn(5, TOKENS, DIM, dtype=torch.float64)
+    definition = values_and_gradients(lambda x: dense_talking_heads(attn, x), attn, x)
+    for fused in (True, False):
+        models.set_fused(attn, fused)
+        assert_same(values_and_gradients(attn, attn, x), definition)
+
+
+def test_talking_heads_gradients_equal_finite_differences() -> None:
+    qkv = torch.randn(3, 2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 2), (2,), (2, 2), (2,))]
+    assert torch.autograd.gradcheck(lambda qkv, *w: talking_heads.TalkingHeads.apply(qkv, 0.5, *w), (qkv, *weights))
+
+
+def test_talking_heads_keep_no_map_for_backward() -> None:
+    attn, x, shapes = AttnScaleTalkingHeadAttn(DIM, HEADS), torch.randn(2, 50, DIM), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
+        attn(x)
+    assert not any(shape.numel() >= HEADS * 50 * 50 for shape in shapes)
+
+
+def test_the_bias_that_cancels_gets_a_zero_gradient() -> None:
+    """DistributedDataParallel waits for a gradient of every parameter."""
+    attn = AttnScaleTalkingHeadAttn(DIM, HEADS)
+    attn(torch.randn(2, TOKENS, DIM)).sum().backward()
+    assert attn.proj_l.bias.grad is not None and (attn.proj_l.bias.grad == 0).all()
+
+
+# ---- the last block --------------------------------------------------------------------------------------------------
+class OtherAttention(Attention):
+    """An attention layer that this package knows nothing about."""
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("layer", [OtherAttention, AttnScaleAttention])
+@pytest.mark.parametrize("block_fn", [Block, FeatScaleBlock])
+def test_first_tokens_of_a_block(block_fn: type[Block], layer: type[Attention], num_tokens: int) -> None:
+    block = randomise(block_fn(DIM, HEADS, attn_layer=layer, norm_layer=nn.LayerNorm, init_values=0.1).double())
+    x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    ours = values_and_gradients(lambda x: first_tokens(block, x, num_tokens), block, x)
+    assert_same(ours, values_and_gradients(lambda x: block(x)[:, :num_tokens], block, x))
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        *itertools.product(DEIT + CAIT, [{}]),
+        *itertools.product(DEIT, [dict(reg_tokens=4), dict(init_values=0.1, qk_norm=True), dict(global_pool="avg")]),
+    ],
+)
+def test_a_model_equals_its_definition(name: str, options: dict) -> None:
+    model = tiny(name, **options).double()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    fused = values_and_gradients(model, model, images)
+    dense = values_and_gradients(models.set_fused(copy.deepcopy(model), False), model, images)[:1]
+    definition = models.set_fused(model, False)
+    assert_same(fused, values_and_gradients(definition, definition, images), 1e-8)
+    assert_same(fused[:1], dense, 1e-8)
+
+
+@pytest.mark.parametrize("name", DEIT)
+def test_features_stay_whole(name: str) -> None:
+    model, images = tiny(name).eval(), torch.randn(2, 3, 32, 32)
+    features = model.forward_features(images)
+    assert features.shape == (2, 17, TINY["embed_dim"])
+    torch.testing.assert_close(model.forward_head(features), model(images), rtol=1e-4, atol=1e-4)
+    seen = []
+    handle = model.blocks[-1].register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    model(images)
+    handle.remove()
+    assert seen == [features.shape]
+
+
+@pytest.mark.parametrize("name", DEIT)
+def test_the_last_block_computes_less(name: str) -> None:
+    model, images = tiny(name).eval(), torch.randn(2, 3, 32, 32)
+    counts = []
+    for function in (model, lambda images: model.forward_head(model.forward_features(images))):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            function(images)
+        counts.append(counter.get_total_flops())
+    assert counts[0] < 0.83 * counts[1]  # of three blocks, one without most of its MLP
+
+
+def test_a_distilled_head_reads_two_tokens() -> None:
+    class Distilled(timm.models.deit.VisionTransformerDistilled, DeiT):
+        pass
+
+    model = randomise(Distilled(**TINY, block_fn=FeatScaleBlock)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = model.forward_head(model.forward_features(images))
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- switches and ways to run ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["attnfeatscale_tiny_12", "attnfeatscale_cait_XXS24"])
+def test_fused_is_an_argument_of_create_model(name: str) -> None:
+    off = timm.create_model(name, **TINY, fused=False)
+    assert not any(getattr(module, "fused_attn", False) for module in off.modules())
+    on = timm.create_model(name, **TINY)
+    assert all(module.fused_attn for module in on.modules() if hasattr(module, "fused_attn"))
+
+
+@pytest.mark.parametrize("name", ["attnfeatscale_tiny_12", "attnfeatscale_cait_XXS24", "featscale_cait_XXS24"])
+class TestWaysToRun:
+    """Each gives what the definition gives."""
+
+    def pair(self, name: str) -> tuple[nn.Module, nn.Module, Tensor]:
+        model = timm.create_model(name, **TINY, init_values=0.5)  # gradients that float16 can hold
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if models.is_remedy_parameter(key):
+                    parameter.normal_(std=0.3)
+            model.head.weight.mul_(100)
+        return model, models.set_fused(copy.deepcopy(model), False), torch.randn(2, 3, 32, 32)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_models(self, name: str, dtype: torch.dtype) -> None:
+        model, dense, images = self.pair(name)
+        ours = values_and_gradients(model.to(dtype), model, images.to(dtype))
+        theirs = values_and_gradients(dense, dense, images)
+        assert all(value.dtype == dtype for value in ours)
+        assert (ours[0].float() - theirs[0]).norm() < 0.05 * theirs[0].norm()
+        assert (ours[1].float() - theirs[1]).norm() < 0.1 * theirs[1].norm()
+
+    def test_autocast(self, name: str) -> None:
+        model, dense, images = self.pair(name)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = values_and_gradients(model, model, images)
+        theirs = values_and_gradients(dense, dense, images)
+        assert all(value.dtype == torch.float32 for value in ours[1:])
+        assert (ours[0].float() - theirs[0]).norm() < 0.05 * theirs[0].norm()
+        assert (ours[1] - theirs[1]).norm() < 0.1 * theirs[1].norm()
+
+    def test_gradient_checkpointing(self, name: str) -> None:
+        model, dense, images = self.pair(name)
+        model.set_grad_checkpointing()
+        theirs = values_and_gradients(dense, dense, images)
+        assert_same(values_and_gradients(model, model, images), theirs, 1e-4)
+
+    def test_graphs(self, name: str) -> None:
+        model, dense, images = self.pair(name)
+        expected = dense.eval()(images)
+        model.eval()
+        ways = torch.jit.script(model), torch.jit.trace(model, images), torch.fx.symbolic_trace(model)
+        for way in (*ways, torch.export.export(model, (images,)).module()):
+            torch.testing.assert_close(way(images), expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.slow
+    def test_compiled(self, name: str) -> None:
+        if name.startswith("featscale"):
+            pytest.skip("both remedies at once cover it, and compiling takes long")
+        model, dense, images = self.pair(name)
+        expected = values_and_gradients(dense, dense, images)
+        assert_same(values_and_gradients(torch.compile(model), model, images), expected, 1e-4)
+
+    def test_every_parameter_has_a_gradient_under_ddp(self, name: str, tmp_path) -> None:
+        model, _, images = self.pair(name)
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            parallel = nn.parallel.DistributedDataParallel(model)
+            for _ in range(2):  # the second step raises if the first left a parameter unused
+                parallel(images).sum().backward()
+        finally:
+            dist.destroy_process_group()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_blocks_that_know_no_folding_take_the_general_path() -> None:
+    for attn_block in (TalkingHeadAttn, lambda *args, **kwargs: TalkingHeadAttn(*args, **kwargs)):
+        block = randomise(FeatScaleLayerScaleBlock(DIM, HEADS, attn_block=attn_block)).eval()
+        x = torch.randn(2, TOKENS, DIM)
+        y = feat_scale(dense_talking_heads(block.attn, x), block.lamb1, block.lamb2, 1.0)
+        torch.testing.assert_close(block.attention_branch(x), y, rtol=1e-4, atol=1e-4)
+    assert isinstance(block, LayerScaleBlock)
