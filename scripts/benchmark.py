@@ -278,7 +278,7 @@ def plot_models(rows: list[dict[str, Any]], path: Path) -> None:
         ratios = [row[key] for row in rows]
         axes.barh(range(len(rows)), ratios, color=["#D55E00" if ratio > 1 else "#0072B2" for ratio in ratios])
         for i, ratio in enumerate(ratios):
-            axes.text(ratio + 0.02, i, f"{ratio:.2f}", va="center", fontsize=8)
+            axes.text(ratio - 0.02, i, f"{ratio:.2f}", va="center", ha="right", color="white", fontsize=8)
         axes.axvline(1, color="black", linewidth=1)
         axes.set(title=title, xlabel="relative to the plain model", xlim=(0, max(1.25, *ratios) + 0.05))
     labels = [f"{row['model']}, {row['depth']} blocks, {row['img_size']} px, batch {row['batch_size']}" for row in rows]
