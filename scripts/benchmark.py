@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure  # without pyplot: no display and no global state
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -89,6 +90,10 @@ def get_parser() -> argparse.ArgumentParser:
         help="cpu: processor time of this process, for one thread on a machine that others use too",
     )
     parser.add_argument("--results-file", type=Path, metavar="JSON")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the models table")
+    parser.add_argument(
+        "--read", type=Path, nargs="+", metavar="JSON", help="measure nothing: show the results of these --compare runs"
+    )
     return parser
 
 
@@ -272,6 +277,24 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def plot_models(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws what every variant costs relative to its plain model: training step, evaluation, memory for backward."""
+    rows = [row for row in rows if row["model"] != row["plain"]]
+    figure = Figure(figsize=(10, 1.2 + 0.28 * len(rows)), layout="constrained")
+    panels = {"train_ratio": "training step", "infer_ratio": "evaluation", "saved_ratio": "bytes kept for backward"}
+    for axes, (key, title) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        ratios = [row[key] for row in rows]
+        axes.barh(range(len(rows)), ratios, color=["#D55E00" if ratio > 1 else "#0072B2" for ratio in ratios])
+        for i, ratio in enumerate(ratios):
+            axes.text(ratio - 0.02, i, f"{ratio:.2f}", va="center", ha="right", color="white", fontsize=8)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set(title=title, xlabel="relative to the plain model", xlim=(0, max(1.25, *ratios) + 0.05))
+    labels = [f"{row['model']}, {row['depth']} blocks, {row['img_size']} px, batch {row['batch_size']}" for row in rows]
+    figure.axes[0].set_yticks(range(len(rows)), labels, fontsize=8)
+    figure.axes[0].invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
 # A table is a function from the arguments to rows; `--only` takes these names.
 TABLES: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {"models": models_table}
 
@@ -340,7 +363,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     """What the numbers hold for."""
     machine: dict[str, Any] = dict(
         processor=platform.processor() or platform.machine(),
-        threads=torch.get_num_threads(),
         capability=torch.backends.cpu.get_cpu_capability(),
         python=platform.python_version(),
         torch=torch.__version__,
@@ -368,11 +390,17 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         command=shlex.join(["python", *sys.argv]), machine=describe_machine(torch.device(args.device))
     )
     print(json.dumps(results["machine"]))
-    if args.model:
+    if args.read:
+        tables = [json.loads(file.read_text(encoding="utf-8"))["models"] for file in args.read]
+        print(*map(format_rows, tables), sep="\n")
+        results["models"] = [row for rows in tables for row in rows]
+    elif args.model:
         results["model"] = benchmark_model(args)
         print(f"--result\n{json.dumps(results['model'], indent=4)}")
     else:
         results |= {name: TABLES[name](args) for name in wanted}
+    if args.plot and "models" in results:
+        plot_models(results["models"], args.plot)
     if args.results_file:
         args.results_file.write_text(json.dumps(results, indent=1), encoding="utf-8")
     return results
