@@ -46,9 +46,7 @@ def fit(
         return
     recorder = None
     if args.output_dir:
-        recorder = utils.on_rank_zero(
-            world, partial(reporting.Recorder, args.output_dir, start.epoch, fresh=not start.full)
-        )
+        recorder = utils.on_rank_zero(world, partial(open_recorder, args, start, trainer.bare_model, loader_val))
     saver = Saver(args, trainer, world, start.max_accuracy)
     stop = utils.StopSignal(world, args.dist_timeout)
     began = time.time()
@@ -85,6 +83,14 @@ def fit(
             record(recorder, world, line, trainer.bare_model, rate)
         saver.save(epoch, is_best=best)
     _logger.info(f"Training time {timedelta(seconds=int(time.time() - began))}")
+
+
+def open_recorder(
+    args: argparse.Namespace, start: Start, model: nn.Module, loader_val: DataLoader
+) -> reporting.Recorder:
+    """Rank 0's writer of epochs, with what ``--spectrum-every`` asks for."""
+    watch = reporting.watch_spectrum(model, args.model, loader_val.dataset, args.spectrum_every)
+    return reporting.Recorder(args.output_dir, start.epoch, fresh=not start.full, watch=watch)
 
 
 def record(

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from timm.utils import ParseKwargs
 
+SCHEDULES = ("cosine", "step", "poly", "tanh")  # those of timm that depend on the epoch alone
+
 
 class _HelpFormatter(argparse.HelpFormatter):
     """Shows each flag in one spelling, with its default."""
@@ -138,13 +140,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="LR",
         help="for a batch of 512; scaled by batch-size x processes x grad-accum / 512",
     )
-    lr.add(
-        "--sched",
-        default="cosine",
-        type=str,
-        metavar="NAME",
-        help="any schedule of timm that depends on the epoch alone",
-    )
+    lr.add("--sched", default="cosine", type=str, metavar="NAME", help=f"one of {', '.join(SCHEDULES)}")
     lr.add(
         "--warmup-epochs", type=int, default=5, metavar="N", help="epochs of linear warm-up, if the schedule has one"
     )
@@ -168,6 +164,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     aug.add(
         "--color-jitter", type=float, default=0.4, metavar="PCT", help="colour jitter; only without --aa, as in timm"
     )
+    aug.add("--hflip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")
     aug.add(
         "--aa",
         type=str,
@@ -251,7 +248,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     data.add(
         "--skip-bad-images", type=int, default=0, metavar="N", help="unreadable images to leave out before stopping"
     )
-    data.add("--download", action="store_true", help="fetch CIFAR, CIFAR10 or FMNIST into --data-path if it is not there")
+    data.add("--download", action="store_true", help="fetch CIFAR, CIFAR10 or FMNIST into --data-path")
 
     run = _Group(parser, "run")
     run.add(
@@ -274,6 +271,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="steps between console lines, and between checks that the loss is finite",
+    )
+    run.add(
+        "--spectrum-every",
+        default=0,
+        type=int,
+        metavar="N",
+        help="every N epochs, log how smooth the features are by layer (spectrum_* in log.txt, TensorBoard); 0: never",
     )
 
     files = _Group(parser, "checkpoints")
@@ -352,12 +356,14 @@ def check_args(args: argparse.Namespace) -> None:
     for flag in ("batch_size", "epochs", "grad_accum", "print_freq", "input_size", "dist_timeout"):
         value = getattr(args, flag)
         require(value >= 1, f"--{flag.replace('_', '-')} {value}: give a whole number of 1 or more")
-    for flag in ("num_workers", "seed", "start_epoch", "keep_checkpoints", "checkpoint_steps", "skip_bad_images"):
+    counts = ("num_workers", "seed", "spectrum_every", "start_epoch", "keep_checkpoints", "checkpoint_steps")
+    for flag in (*counts, "skip_bad_images"):
         value = getattr(args, flag)
         require(value >= 0, f"--{flag.replace('_', '-')} {value}: give a whole number of 0 or more")
     for flag in (
         "drop",
         "drop_path",
+        "hflip",
         "reprob",
         "mixup_prob",
         "mixup_switch_prob",
@@ -376,9 +382,9 @@ def check_args(args: argparse.Namespace) -> None:
         "mix pairs; give an even number, or --mixup 0 --cutmix 0",
     )
     require(
-        "plateau" not in args.sched,
-        f"--sched {args.sched} depends on the results so far, not on the epoch alone, so a "
-        "resumed run would differ; use cosine, step, multistep, poly or tanh",
+        args.sched in SCHEDULES,
+        f"--sched {args.sched}: use one of {', '.join(SCHEDULES)}; plateau depends on the results so far, not on the "
+        "epoch alone, so a resumed run would differ",
     )
     require(
         not (args.resume and args.finetune),
@@ -388,6 +394,10 @@ def check_args(args: argparse.Namespace) -> None:
     require(
         not args.auto_reload or args.output_dir or args.eval,
         "--auto_reload needs --output_dir, where the checkpoints are",
+    )
+    require(
+        not args.spectrum_every or args.output_dir or args.eval or args.throughput,
+        f"--spectrum-every {args.spectrum_every} needs --output_dir, where its numbers go",
     )
     require(
         not args.eval or args.resume or args.finetune or (args.auto_reload and args.output_dir),

@@ -1,0 +1,95 @@
+"""The analysis as one self-contained HTML page."""
+
+import base64
+import html
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts.analysis_figures import Picture
+from scripts.analysis_results import QUANTITIES, Result
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Attention and over-smoothing</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }}
+img {{ max-width: 100%; height: auto; }}
+figure {{ margin: 2em 0; }} figcaption {{ color: #555; }}
+table {{ border-collapse: collapse; font-size: 14px; }}
+th, td {{ padding: 2px 10px; text-align: right; border-bottom: 1px solid #ddd; }}
+th:first-child, td:first-child {{ text-align: left; }}
+.scroll {{ overflow-x: auto; }} summary {{ cursor: pointer; margin: 0.5em 0; }}
+</style></head><body>
+<h1>Attention and over-smoothing, layer by layer</h1>
+{body}
+</body></html>
+"""
+
+
+READING = (
+    "Over-smoothing is an asymptotic statement: powers of one softmax map tend to their DC part. Residual branches, "
+    "MLPs and a new map in every layer intervene, so no curve here has to fall, or rise, from layer to layer; and a "
+    "model with random weights says something about its initialisation only."
+)
+
+
+def render_report(
+    results: Sequence[Result], pictures: Sequence[Picture], folder: Path, settings: dict[str, Any]
+) -> str:
+    """The page, with the pictures of ``folder`` inside it.
+
+    Args:
+        results: May be empty, if only the maps of one image were drawn.
+        pictures: Figures whose files lie in ``folder``.
+        folder: ``--output_dir``.
+        settings: Shown as they are.
+    """
+    parts = [f"<p>{html.escape(READING)}</p>"] if results else []
+    if results:
+        rows = [
+            [
+                result.label,
+                result.name,
+                result.weights,
+                f"{result.num_parameters:,}",
+                f"{result.input_size} px",
+                len(result.layers),
+            ]
+            for result in results
+        ]
+        parts.append(_table(["model", "timm name", "weights", "parameters", "input", "layers"], rows))
+    for picture in pictures:
+        data = base64.b64encode((folder / picture.file).read_bytes()).decode()
+        parts.append(
+            f'<figure><h2>{html.escape(picture.title)}</h2><img alt="{html.escape(picture.title)}" '
+            f'src="data:image/png;base64,{data}"><figcaption>{html.escape(picture.caption)}</figcaption></figure>'
+        )
+    if results:
+        parts.append("<h2>Numbers</h2><p>Means over the images; analysis.csv has all, with their spread.</p>")
+        parts += [f"<details><summary>{html.escape(r.label)}</summary>{layer_table(r)}</details>" for r in results]
+        parts.append("<h2>Quantities</h2>" + _table(["quantity", "what it is"], QUANTITIES.items()))
+    parts.append("<h2>Settings</h2>" + _table(["setting", "value"], settings.items()))
+    return PAGE.format(body="\n".join(parts))
+
+
+def layer_table(result: Result) -> str:
+    """One row a layer with every quantity that is a single number there, averaged over heads or channels."""
+    names = [
+        name
+        for name in QUANTITIES
+        if name not in ("spectrum", "delta_log_amplitude") and any(name in layer for layer in result.layers)
+    ]
+    rows = [
+        [block, *(f"{layer[name].mean.mean().item():.4g}" if name in layer else "" for name in names)]
+        for block, layer in zip(result.layer_names, result.layers, strict=True)
+    ]
+    return _table(["block", *names], rows)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    def line(cells: Sequence[Any], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "\n".join(line(row, "td") for row in rows)
+    return f'<div class="scroll"><table>{line(header, "th")}\n{body}</table></div>'

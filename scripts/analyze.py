@@ -1,0 +1,314 @@
+"""Puts ViTs on the table: what their attention does to the features, layer by layer, as numbers, figures and a report.
+
+    python scripts/analyze.py --data-path my_photos --model deit_small_patch16_224 --pretrained
+    python scripts/analyze.py --data-path data/imagenet --data-set IMNET --num-images 512 --device cuda \\
+        --model deit_small_24 --resume plain.pth --model attnscale_small_24 --resume attnscale.pth
+    python scripts/analyze.py --image cat.jpg --layer 10 --model attnscale_small_12 --resume attnscale.pth
+
+Models are of this zoo or of timm; --resume, --pretrained, --label and --model-kwargs belong to the --model before them.
+Without weights a model is analysed as initialised. In --output_dir come report.html (self-contained, with all figures),
+analysis.csv and analysis.json (every number in a figure), the figures as PNG, and for --image token_map.csv and .png.
+docs/analysis.md says what each quantity is and how to read it.
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.utils import ParseKwargs
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import probe
+import spectrum
+from datasets import DATA_SETS, build_transform, load_image
+from scripts.analysis_figures import Picture, draw_all
+from scripts.analysis_inputs import (
+    RANDOM_WEIGHTS,
+    ModelSpec,
+    Subject,
+    build_loader,
+    build_subject,
+    unique_labels,
+    with_input_size,
+)
+from scripts.analysis_report import render_report
+from scripts.analysis_results import Result, RunningMean, Values, as_json, tidy_rows, write_csv
+from scripts.analysis_token_map import draw_token_maps, token_map, token_map_rows
+
+
+class _AddModel(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        namespace.models = [*(namespace.models or []), ModelSpec(values)]
+
+
+class _OfLastModel(argparse.Action):
+    """Stores a flag in the --model before it."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if not namespace.models:
+            parser.error(f"{option_string} belongs to the --model before it: give --model first")
+        setattr(namespace.models[-1], self.dest, True if self.nargs == 0 else values)
+
+
+class _KwargsOfLastModel(ParseKwargs):
+    """timm's KEY=VALUE parser, stored in the --model before it."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        holder = argparse.Namespace()
+        super().__call__(parser, holder, values, option_string)
+        _OfLastModel([option_string], "kwargs")(parser, namespace, getattr(holder, self.dest), option_string)
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The flags; those that main.py has too mean the same here."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("models (repeat --model for more; the others belong to the --model before them)")
+    group.add_argument("--model", action=_AddModel, dest="models", metavar="NAME", help="of this zoo or of timm")
+    group.add_argument(
+        "--resume",
+        action=_OfLastModel,
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="checkpoint, loaded strictly; ours also give --model-kwargs and --input-size",
+    )
+    group.add_argument(
+        "--pretrained", action=_OfLastModel, nargs=0, default=argparse.SUPPRESS, help="timm's own weights (downloads)"
+    )
+    group.add_argument(
+        "--label",
+        action=_OfLastModel,
+        default=argparse.SUPPRESS,
+        metavar="TEXT",
+        help="name in the figures (default: the model's)",
+    )
+    group.add_argument(
+        "--model-kwargs",
+        action=_KwargsOfLastModel,
+        nargs="*",
+        default=argparse.SUPPRESS,
+        metavar="KEY=VALUE",
+        help="constructor arguments, e.g. depth=24",
+    )
+
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--data-path",
+        default="",
+        metavar="DIR",
+        help="without --data-set: any folder of images, with or without sub-folders; val/ if it has one",
+    )
+    group.add_argument("--data-set", choices=DATA_SETS, default=None, help="evaluation images of one of main.py's sets")
+    group.add_argument("--inat-category", default="name", metavar="LEVEL", help="as in main.py")
+    group.add_argument("--download", action="store_true", help="fetch CIFAR or Fashion-MNIST to --data-path")
+    group.add_argument(
+        "--num-images", type=int, default=64, metavar="N", help="images, drawn by --seed; 0 takes all (default: 64)"
+    )
+    group.add_argument("--input-size", type=int, default=None, metavar="PX", help="default: each model's own")
+    group.add_argument("--eval-crop-ratio", type=float, default=None, metavar="R", help="default: each model's own")
+    group.add_argument(
+        "--tokens",
+        choices=("all", "patches"),
+        default="all",
+        help="tokens in the feature quantities: the whole sequence, as in the paper, or patches only",
+    )
+    group.add_argument("--image", default=None, metavar="FILE", help="one image: the attention of --layer over it")
+    group.add_argument(
+        "--layer",
+        type=int,
+        default=-1,
+        metavar="L",
+        help="block of --image, from 0; negative counts from the last (default: -1)",
+    )
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", "--output-dir", default="analysis", metavar="DIR", help="default: analysis")
+    group.add_argument("--device", default="auto", metavar="NAME", help="auto (CUDA where there is one), cuda or cpu")
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="images at a time; memory grows with it, not with --num-images (default: 8)",
+    )
+    group.add_argument("--num_workers", "--num-workers", type=int, default=0, metavar="N", help="loader processes")
+    group.add_argument("--seed", type=int, default=0, help="of the choice of images and of initial weights")
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Gathers everything wrong with the flags and raises once.
+
+    Raises:
+        ValueError: One line a problem.
+    """
+    problems = []
+    if not args.models:
+        problems.append("--model is missing: name a model of this zoo or of timm")
+    if not args.data_path and not args.image:
+        problems.append("--data-path is missing: give a folder of images (or --image FILE for one image's maps)")
+    if args.data_set and not args.data_path:
+        problems.append(f"--data-set {args.data_set} needs --data-path, the folder of its files")
+    for flag, least in (("batch_size", 1), ("num_images", 0), ("num_workers", 0)):
+        if getattr(args, flag) < least:
+            problems.append(f"--{flag.replace('_', '-')} must be {least} or more, got {getattr(args, flag)}")
+    for spec in args.models or []:
+        if not timm.is_model(spec.name):
+            problems.append(f"--model {spec.name}: neither this zoo nor timm knows it; timm.list_models() lists all")
+        if spec.resume and spec.pretrained:
+            problems.append(f"--model {spec.name}: --resume and --pretrained exclude each other")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+class Measurement:
+    """Running statistics of every quantity in every layer of one model; its size does not depend on the images.
+
+    Args:
+        subject: The model.
+        patches_only: Whether class, distillation and register tokens are left out of the feature quantities.
+    """
+
+    def __init__(self, subject: Subject, patches_only: bool = False) -> None:
+        self.subject = subject
+        self.patches_only = patches_only
+        self.layers: list[dict[str, RunningMean]] = [{} for _ in subject.layers]
+        self._num_patches = 0
+        self._frequencies: dict[tuple[int, str], list[float]] = {}
+        self._previous: Tensor | None = None
+
+    def update(self, images: Tensor) -> None:
+        """Runs the model on images of shape (B, 3, H, W) and adds what each layer does."""
+        self._num_patches = math.prod(probe.patch_grid(self.subject.model, images))
+        with torch.inference_mode(), probe.visiting(self.subject.model, self._visit):
+            self.subject.model(images)
+
+    def _visit(self, view: probe.LayerView) -> None:
+        # One layer's maps are alive at a time, and of the layer before only the average over its heads.
+        maps = view.attention_maps()
+        previous = self._previous if view.index > 0 else None
+        statistics = probe.feature_statistics(view, self._num_patches, self.patches_only)
+        statistics |= probe.map_statistics(maps, previous)
+        self._previous = maps.applied.mean(dim=1)
+        grid = round(view.patch_tokens(self._num_patches).shape[1] ** 0.5)
+        self._frequencies[view.index, "spectrum"] = spectrum.frequencies(maps.applied.shape[-1]).tolist()
+        self._frequencies[view.index, "delta_log_amplitude"] = spectrum.patch_frequencies(grid).tolist()
+        for name, values in statistics.items():
+            self.layers[view.index].setdefault(name, RunningMean()).update(values)
+
+    def results(self) -> list[dict[str, Values]]:
+        """For each layer, every quantity and parameter."""
+        layers = []
+        for index, (quantities, layer) in enumerate(zip(self.layers, self.subject.layers, strict=True)):
+            values = {
+                name: Values(running.mean.cpu(), running.std.cpu(), running.count, self._frequencies.get((index, name)))
+                for name, running in quantities.items()
+            }
+            parameters = {name: Values(p.double().cpu()) for name, p in probe.layer_parameters(layer).items()}
+            layers.append(values | parameters)
+        return layers
+
+
+def measure(args: argparse.Namespace, subjects: Sequence[Subject], device: torch.device) -> list[Result]:
+    """One pass over the images, through all models."""
+    loader, views = build_loader(args, subjects)
+    measurements = [Measurement(subject, args.tokens == "patches") for subject in subjects]
+    with tqdm(total=len(loader.dataset), unit="image", disable=None) as bar:
+        for batch in loader:
+            inputs = [view.to(device, non_blocking=True) for view in batch]
+            for measurement, view in zip(measurements, views, strict=True):
+                measurement.update(inputs[view])
+            bar.update(len(batch[0]))
+    return [
+        Result(
+            subject.label,
+            subject.spec.name,
+            subject.weights,
+            sum(p.numel() for p in subject.model.parameters()),
+            subject.input_size,
+            [layer.name for layer in subject.layers],
+            measurement.results(),
+        )
+        for subject, measurement in zip(subjects, measurements, strict=True)
+    ]
+
+
+def describe_settings(args: argparse.Namespace, device: torch.device, num_images: int) -> dict[str, Any]:
+    """What a reader needs to make the same numbers again."""
+    return {
+        "images": num_images,
+        "data": args.data_path,
+        "data_set": args.data_set or "folder of images",
+        "tokens_in_feature_quantities": args.tokens,
+        "image": args.image or "",
+        "seed": args.seed,
+        "device": str(device),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def main(args: argparse.Namespace) -> Path:
+    """Measures, draws and writes; returns the path of the report.
+
+    Raises:
+        ValueError: With one sentence about the flag, the model or the data at fault.
+    """
+    check_args(args)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    subjects = [
+        build_subject(spec, label, args, device)
+        for spec, label in zip(args.models, unique_labels(args.models), strict=True)
+    ]
+    for subject in subjects:
+        if subject.weights == RANDOM_WEIGHTS:
+            print(f"note: {subject.label} has random weights: give it --resume or --pretrained", file=sys.stderr)
+    folder = Path(args.output_dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    results = measure(args, subjects, device) if args.data_path else []
+    pictures = draw_all(results) if results else []
+    num_images = results[0].layers[0]["hc_dc_mlp"].count if results else 0
+    settings = describe_settings(args, device, num_images)
+    if results:
+        write_csv(folder / "analysis.csv", tidy_rows(results))
+        text = json.dumps(as_json(results, settings), indent=1, allow_nan=False)
+        (folder / "analysis.json").write_text(text, encoding="utf-8")
+    if args.image:
+        picture = load_image(args.image)
+        transforms = [build_transform(False, with_input_size(args, s.input_size), s.data_config) for s in subjects]
+        maps = [
+            token_map(subject, transform(picture).to(device), args.layer)
+            for subject, transform in zip(subjects, transforms, strict=True)
+        ]
+        write_csv(folder / "token_map.csv", token_map_rows(maps))
+        caption = (
+            "Averaged over heads and multiplied by the number of tokens N: uniform attention is 1 in the second "
+            "column and 0 in the third."
+        )
+        title = f"Attention over {Path(args.image).name}"
+        pictures.append(Picture("token_map.png", title, caption, draw_token_maps(maps)))
+    for item in pictures:
+        item.figure.savefig(folder / item.file, dpi=130)
+    report = folder / "report.html"
+    report.write_text(render_report(results, pictures, folder, settings), encoding="utf-8")
+    return report
+
+
+if __name__ == "__main__":
+    parser = get_parser()
+    try:
+        print(f"wrote {main(parser.parse_args())}")
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")

@@ -1,0 +1,366 @@
+"""The paper's analysis (arXiv 2203.05962) as pure functions on tensors: what attention does to a token sequence.
+
+Conventions. Tokens are (B, N, C), maps (B, num_heads, N, N) with queries in rows. ``DC[x]`` is the mean over all N
+tokens of the sequence and ``HC[x] = x - DC[x]``: class, distillation and register tokens count as tokens, as in the
+paper's code. They are not on the image grid, so "frequency" along the token axis is a property of the sequence, not of
+the picture, and one outlying register can dominate HC. To leave the P prefix tokens out, pass ``tokens[:, P:]``. Every
+function returns one value per image (or map); averaging over images is the caller's business. Half precision is
+computed in float32.
+
+Over-smoothing is asymptotic: A^t tends to its DC part as t grows. Residual branches, MLPs and new maps in every layer
+intervene, so nothing here decreases monotonically from layer to layer. ``probe.py`` takes maps and tokens from models.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _float(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _tokens(tokens: Tensor) -> Tensor:
+    if tokens.dim() != 3:
+        raise ValueError(f"tokens must have shape (B, N, C), got {tuple(tokens.shape)}; flatten a feature map first")
+    return _float(tokens)
+
+
+def _maps(attn: Tensor) -> Tensor:
+    if attn.dim() < 2 or attn.shape[-1] != attn.shape[-2]:
+        raise ValueError(f"attention maps must have shape (..., N, N), got {tuple(attn.shape)}")
+    return _float(attn)
+
+
+def frequencies(num_tokens: int, published: bool = False) -> Tensor:
+    """The bins of :func:`attention_spectrum`, as angular frequencies along the token axis.
+
+    Args:
+        num_tokens: N.
+        published: The bins of the published snippet, see :func:`attention_spectrum`.
+
+    Returns:
+        Shape (N,), or (N - 1,) for ``published`` and an odd N; in units of pi rad per token, ascending within [-1, 1].
+    """
+    bins = 2 * torch.fft.fftshift(torch.fft.fftfreq(num_tokens))
+    return bins[: 2 * (num_tokens // 2)] if published else bins
+
+
+def attention_spectrum(attn: Tensor, published: bool = False) -> Tensor:
+    """Spectral response of attention maps, ``s_k = ||(F A F^T)_{k,:}||_2`` with the unitary DFT ``F``.
+
+    The row norm says how much of frequency k a map lets through to its output, whatever the frequency it came from. As
+    ``F`` is unitary, the transform along the keys leaves row norms alone and is not computed. A real map has
+    ``s_k = s_{-k}``. ``s_0 >= 1`` for row-stochastic maps; the uniform map has ``s_0 = 1`` and 0 elsewhere, every
+    permutation 1 everywhere, a circulant map the modulus of its transfer function. AttnScale multiplies every ``s_k``
+    but ``s_0`` by exactly ``|1 + lamb|``.
+
+    Args:
+        attn: Maps of shape (..., N, N), class and register tokens included; signed maps are allowed.
+        published: All N bins by default. The authors' published snippet plots N - 1 of them when N is odd (196 of
+            DeiT's 197); ``True`` gives that many, ``-(N // 2) ... N // 2 - 1``. The bin left out mirrors the first one.
+
+    Returns:
+        Shape (..., N) or (..., N - 1), dimensionless gains, zero frequency centred: bin 0 is at index ``N // 2``.
+
+    Raises:
+        ValueError: If the maps are not square.
+
+    Source: arXiv 2203.05962, figure of the spectral response of attention maps.
+    """
+    attn = _maps(attn)
+    n = attn.shape[-1]
+    half = torch.linalg.vector_norm(torch.fft.rfft(attn, dim=-2, norm="ortho"), dim=-1)  # bins 0 ... N // 2
+    mirror = half[..., 1 : (n + 1) // 2].flip(-1)
+    spectrum = torch.fft.fftshift(torch.cat([half, mirror], dim=-1), dim=-1)
+    return spectrum[..., : 2 * (n // 2)] if published else spectrum
+
+
+def high_frequency_response(attn: Tensor) -> Tensor:
+    """Mean of the spectral response over all frequencies but zero: one number for "how high-pass is this map".
+
+    Args:
+        attn: Maps of shape (..., N, N), N >= 2.
+
+    Returns:
+        Shape (...), dimensionless gain: 0 for the uniform map, 1 for a permutation; AttnScale multiplies it by
+        ``|1 + lamb|``.
+
+    Raises:
+        ValueError: If the maps are not square or N < 2.
+    """
+    if attn.shape[-1] < 2:
+        raise ValueError("the high-frequency response needs maps of at least 2 x 2")
+    response = attention_spectrum(attn)
+    n = response.shape[-1]
+    return (response.sum(dim=-1) - response[..., n // 2]) / (n - 1)
+
+
+def dc_gain(attn: Tensor) -> Tensor:
+    """The DC to DC entry ``(F A F^T)_{00}``, which is the mean row sum.
+
+    1 for every row-stochastic map, with or without AttnScale. CaiT mixes heads after the softmax, so its rows need not
+    sum to one and neither need this.
+
+    Args:
+        attn: Maps of shape (..., N, N).
+
+    Returns:
+        Shape (...), dimensionless.
+
+    Raises:
+        ValueError: If the maps are not square.
+    """
+    return _maps(attn).sum(dim=-1).mean(dim=-1)
+
+
+def second_eigenvalue(attn: Tensor) -> Tensor:
+    """Modulus of a row-stochastic map's second largest eigenvalue: the rate at which its powers become low-pass.
+
+    ``||HC[A^t x]|| / ||DC[A^t x]||`` falls by this factor per power, once t is large.
+
+    Args:
+        attn: Maps of shape (..., N, N), N >= 2. Costs O(N^3) a map and runs on the CPU in most builds.
+
+    Returns:
+        Shape (...), dimensionless, in [0, 1] for row-stochastic maps.
+
+    Raises:
+        ValueError: If the maps are not square or N < 2.
+
+    Source: arXiv 2203.05962, the theorem that powers of a softmax matrix converge to a low-pass filter.
+    """
+    attn = _maps(attn)
+    if attn.shape[-1] < 2:
+        raise ValueError("a second eigenvalue needs maps of at least 2 x 2")
+    return torch.linalg.eigvals(attn).abs().topk(2, dim=-1).values[..., 1]
+
+
+def attention_entropy(attn: Tensor) -> Tensor:
+    """Mean entropy of the rows of softmax maps: 0 when each query picks one key, ``log N`` when all keys get the same.
+
+    Args:
+        attn: Non-negative maps of shape (..., N, N): the softmax itself, before AttnScale or CaiT's second head mixing.
+
+    Returns:
+        Shape (...), in nats.
+
+    Raises:
+        ValueError: If the maps are not square or have negative entries.
+    """
+    attn = _maps(attn)
+    if (attn < 0).any():
+        raise ValueError("entropy needs non-negative maps: pass the softmax, before AttnScale and head mixing")
+    return torch.special.entr(attn).sum(dim=-1).mean(dim=-1)
+
+
+def map_similarity(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine similarity of two maps, each read as one vector of N x N entries.
+
+    Softmax maps are non-negative and share their DC part, so this is far above 0 for any two of them, and near 1 where
+    both are close to uniform.
+
+    Args:
+        a: Maps of shape (..., N, N), for example of one layer.
+        b: Maps of a shape that broadcasts with ``a``, for example of the next layer.
+
+    Returns:
+        The broadcast shape without its last two dimensions, dimensionless, in [-1, 1].
+
+    Raises:
+        ValueError: If the maps are not square or differ in N.
+
+    Source: the re-attention study (DeepViT, arXiv 2103.11886) compares maps across layers so, column by column.
+    """
+    a, b = _maps(a), _maps(b)
+    if a.shape[-1] != b.shape[-1]:
+        raise ValueError(f"maps over {a.shape[-1]} and {b.shape[-1]} tokens cannot be compared")
+    return F.cosine_similarity(a.flatten(-2), b.flatten(-2), dim=-1)
+
+
+def head_similarity(attn: Tensor) -> Tensor:
+    """Mean cosine similarity of the maps of different heads, over all pairs of distinct heads.
+
+    Args:
+        attn: Maps of shape (B, num_heads, N, N), num_heads >= 2.
+
+    Returns:
+        Shape (B,), dimensionless, in [-1, 1]; see :func:`map_similarity` on its high floor.
+
+    Raises:
+        ValueError: If there is only one head, or the maps are not square.
+    """
+    attn = _maps(attn)
+    if attn.shape[1] < 2:
+        raise ValueError("the similarity between heads needs at least two heads")
+    return token_similarity(attn.flatten(-2))  # each head's map is one vector
+
+
+def band_energies(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Energies of the mean token and of the rest; they add up to the energy of the sequence.
+
+    Args:
+        tokens: Features of shape (B, N, C).
+
+    Returns:
+        ``||DC[x]||_F^2`` and ``||HC[x]||_F^2``, each of shape (B,), in squared feature units.
+
+    Raises:
+        ValueError: If ``tokens`` is not three-dimensional.
+
+    Source: arXiv 2203.05962, definition of DC and HC.
+    """
+    tokens = _tokens(tokens)
+    dc = tokens.mean(dim=1, keepdim=True)
+    return tokens.shape[1] * dc.square().sum(dim=(1, 2)), (tokens - dc).square().sum(dim=(1, 2))
+
+
+def high_frequency_ratio(tokens: Tensor) -> Tensor:
+    """Size of the non-constant part of a token sequence, relative to its mean.
+
+    Args:
+        tokens: Features of shape (B, N, C).
+
+    Returns:
+        Shape (B,), dimensionless, ``||HC[x]||_F / ||DC[x]||_F`` per image (norms, not energies); 0 when all tokens are
+        equal, ``inf`` where the mean token is zero.
+
+    Raises:
+        ValueError: If ``tokens`` is not three-dimensional.
+
+    Source: arXiv 2203.05962, definition of DC and HC.
+    """
+    dc, hc = band_energies(tokens)
+    return (hc / dc).sqrt()
+
+
+def band_gains(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Gains of the DC and HC bands between two sequences, channel by channel (least squares).
+
+    With ``before`` the output of an attention branch and ``after`` the same after FeatScale, this reads FeatScale's own
+    factors back from the features: ``1 + gain * lamb1`` and ``1 + gain * lamb2``.
+
+    Args:
+        before: Features of shape (B, N, C).
+        after: Features of the same shape.
+
+    Returns:
+        DC gain and HC gain, each of shape (B, C), dimensionless; ``nan`` where ``before`` has nothing in the band.
+
+    Raises:
+        ValueError: If the shapes differ or are not three-dimensional.
+    """
+    before, after = _tokens(before), _tokens(after)
+    if before.shape != after.shape:
+        raise ValueError(f"the sequences must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}")
+    dc_before, dc_after = before.mean(dim=1), after.mean(dim=1)
+    hc_before, hc_after = before - dc_before[:, None], after - dc_after[:, None]
+    return dc_after / dc_before, (hc_after * hc_before).sum(dim=1) / hc_before.square().sum(dim=1)
+
+
+def token_similarity(tokens: Tensor) -> Tensor:
+    """Cosine similarity between tokens: signed, averaged over all pairs of distinct tokens.
+
+    Args:
+        tokens: Features of shape (B, N, C), N >= 2. A zero token has similarity 0 to every other.
+
+    Returns:
+        Shape (B,), dimensionless, in [-1 / (N - 1), 1]; 1 when all tokens point the same way, about 0 for independent
+        tokens around a zero mean.
+
+    Raises:
+        ValueError: If ``tokens`` is not three-dimensional or N < 2.
+    """
+    unit = F.normalize(_tokens(tokens), dim=-1)
+    n = unit.shape[1]
+    if n < 2:
+        raise ValueError("the similarity between tokens needs at least two of them")
+    # The sum over all pairs is |sum of unit tokens|^2: no N x N matrix.
+    pairs = unit.sum(dim=1).square().sum(dim=-1) - unit.square().sum(dim=(1, 2))
+    return pairs / (n * (n - 1))
+
+
+def token_similarity_published(tokens: Tensor) -> Tensor:
+    """Cosine similarity between tokens in the form of the paper's authors: mean of ``|cos|`` over all N x N pairs.
+
+    It includes each token's similarity with itself and drops the sign, so it is never below 1 / N and stays well above
+    0 even for random tokens (about ``sqrt(2 / (pi C))``): compare it with the paper, and read :func:`token_similarity`.
+
+    Args:
+        tokens: Features of shape (B, N, C).
+
+    Returns:
+        Shape (B,), dimensionless, in [1 / N, 1] if no token is zero.
+
+    Raises:
+        ValueError: If ``tokens`` is not three-dimensional.
+
+    Source: the answer of the authors of arXiv 2203.05962 on how they drew the similarity figure.
+    """
+    unit = F.normalize(_tokens(tokens), dim=-1)
+    return (unit @ unit.transpose(1, 2)).abs().mean(dim=(1, 2))
+
+
+def effective_rank(tokens: Tensor) -> Tensor:
+    """The exponential of the entropy of the normalised singular values: how many directions the tokens really use.
+
+    The features are not centred, so it tends to 1 as they collapse to one token.
+
+    Args:
+        tokens: Features of shape (B, N, C). Computed in float64 through the smaller Gram matrix.
+
+    Returns:
+        Shape (B,), float64, dimensionless, in [1, min(N, C)]; ``nan`` for an all-zero sequence.
+
+    Raises:
+        ValueError: If ``tokens`` is not three-dimensional.
+
+    Source: Roy and Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
+    """
+    tokens = _tokens(tokens).double()
+    if tokens.shape[2] < tokens.shape[1]:
+        tokens = tokens.transpose(1, 2)
+    singular = torch.linalg.eigvalsh(tokens @ tokens.transpose(1, 2)).clamp_min(0).sqrt()
+    share = singular / singular.sum(dim=-1, keepdim=True)
+    return torch.special.entr(share).sum(dim=-1).exp()
+
+
+def patch_frequencies(grid: int) -> Tensor:
+    """The bins of :func:`delta_log_amplitude`, as angular frequencies along both directions of the image grid.
+
+    Args:
+        grid: G, patches along one side.
+
+    Returns:
+        Shape (G // 2 + 1,), in units of pi rad per patch, from 0 to 1 (odd G: to (G - 1) / G).
+    """
+    return 2 * torch.arange(grid // 2 + 1) / grid
+
+
+def delta_log_amplitude(patch_tokens: Tensor) -> Tensor:
+    """Log amplitude of the 2-D Fourier spectrum of the patch tokens, along the diagonal, relative to zero frequency.
+
+    Unlike everything else here it works on the image grid, so prefix tokens have no place in it.
+
+    Args:
+        patch_tokens: Features of shape (B, G * G, C) in row-major order, prefix tokens removed.
+
+    Returns:
+        Shape (B, G // 2 + 1): ``mean_c log|X_c(k, k)| - mean_c log|X_c(0, 0)|`` for k = 0 ... G // 2, in nats, at
+        :func:`patch_frequencies`. The first entry is 0; very negative means smooth.
+
+    Raises:
+        ValueError: If the tokens do not form a square grid.
+
+    Source: Park and Kim, "How do vision transformers work?", arXiv 2202.06709, figure of the relative log amplitude.
+    """
+    tokens = _tokens(patch_tokens)
+    b, n, c = tokens.shape
+    grid = round(n**0.5)
+    if grid * grid != n:
+        raise ValueError(f"{n} patch tokens form no square grid; remove class and register tokens first")
+    spectrum = torch.fft.fft2(tokens.view(b, grid, grid, c), dim=(1, 2))
+    bins = torch.arange(grid // 2 + 1, device=tokens.device)
+    # An amplitude of exactly zero (a constant image) must not turn the mean over channels into -inf.
+    log_amplitude = spectrum[:, bins, bins].abs().clamp_min(1e-12).log().mean(dim=-1)
+    return log_amplitude - log_amplitude[:, :1]

@@ -1,0 +1,221 @@
+"""The recomputed attention maps against the models' own outputs, and what the visitor hands out."""
+
+import pytest
+import timm
+import torch
+from timm.layers import AttentionRope, RmsNorm
+from timm.models.cait import TalkingHeadAttn
+from timm.models.eva import EvaAttention
+from timm.models.swin_transformer import WindowAttention
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
+
+import models  # noqa: F401  (registers the zoo with timm)
+import probe
+import spectrum
+from models.attnscale import AttnScaleAttention, AttnScaleTalkingHeadAttn
+from models.folding import FoldedAttention
+from models.talking_heads import FusedTalkingHeadAttn
+
+VIT = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3)
+
+
+def random_tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def perturb(module: nn.Module) -> nn.Module:
+    """No parameter at a value, such as zero, that would hide a missing term."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return module.double().eval()
+
+
+ATTENTIONS = {
+    "plain": lambda: Attention(12, num_heads=3, qkv_bias=True),
+    "plain with normalised q and k": lambda: Attention(12, num_heads=3, qk_norm=True, norm_layer=nn.LayerNorm),
+    "folded": lambda: FoldedAttention(12, num_heads=3, qkv_bias=True),
+    "attnscale": lambda: AttnScaleAttention(12, num_heads=3, qkv_bias=True),
+    "talking heads": lambda: TalkingHeadAttn(12, num_heads=3, qkv_bias=True),
+    "fused talking heads": lambda: FusedTalkingHeadAttn(12, num_heads=3, qkv_bias=True),
+    "attnscale talking heads": lambda: AttnScaleTalkingHeadAttn(12, num_heads=3, qkv_bias=True),
+    "eva": lambda: EvaAttention(12, num_heads=3, scale_norm=False),
+    "eva with split projections": lambda: EvaAttention(12, num_heads=3, qkv_fused=False, scale_norm=False),
+    "rope": lambda: AttentionRope(12, num_heads=3, qk_norm=True, norm_layer=RmsNorm),
+    "grouped queries": lambda: AttentionRope(12, num_heads=6, num_kv_heads=3, qkv_fused=False),
+    "windows": lambda: WindowAttention(12, num_heads=3, window_size=3),
+}
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_recomputed_maps_reproduce_the_output_of_the_attention(kind: str) -> None:
+    attn = perturb(ATTENTIONS[kind]())
+    x = random_tokens(4, 9, 12)
+    kwargs = {}
+    if isinstance(attn, EvaAttention | AttentionRope):
+        kwargs["rope"] = random_tokens(8, 2 * 12 // attn.num_heads, seed=1)  # sine and cosine, patches only
+    if isinstance(attn, WindowAttention):
+        kwargs["mask"] = -100 * (random_tokens(2, 9, 9, seed=1) > 0.5).double()
+    maps = probe.ATTENTION_MAPS[type(attn)](attn, x, **kwargs)
+    torch.testing.assert_close(maps.softmax.sum(dim=-1), torch.ones(4, attn.num_heads, 9, dtype=torch.float64))
+    qkv = attn.qkv(x).chunk(3, dim=-1) if attn.qkv is not None else [attn.v_proj(x)]
+    v = qkv[-1] + (attn.v_bias if getattr(attn, "v_bias", None) is not None else 0)
+    heads = getattr(attn, "num_kv_heads", attn.num_heads)
+    v = v.unflatten(-1, (heads, -1)).transpose(1, 2).repeat_interleave(attn.num_heads // heads, dim=1)
+    output = attn.proj((maps.applied @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(output, attn(x, **kwargs))
+
+
+@pytest.mark.parametrize("kind", ["plain", "attnscale", "rope"])
+def test_recomputed_maps_obey_the_attention_mask(kind: str) -> None:
+    attn = perturb(ATTENTIONS[kind]())
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()
+    maps = probe.ATTENTION_MAPS[type(attn)](attn, random_tokens(2, 9, 12), attn_mask=mask)
+    assert (maps.softmax[..., ~mask] == 0).all()
+
+
+def test_an_unknown_attention_is_refused_by_name() -> None:
+    class OtherAttention(Attention):
+        pass
+
+    model = timm.create_model("vit_tiny_patch16_224", attn_layer=OtherAttention, **VIT)
+    with pytest.raises(probe.UnsupportedModelError, match=r"VisionTransformer.*blocks\.0\.attn.*OtherAttention"):
+        probe.find_layers(model)
+    with pytest.raises(probe.UnsupportedModelError, match="ResNet has no block"):
+        probe.find_layers(timm.create_model("resnet18"))
+
+
+def small_model(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {
+        "swin_tiny_patch4_window7_224": dict(img_size=32, embed_dim=12, depths=(1, 2), num_heads=(2, 3), window_size=4),
+        "eva02_tiny_patch14_224": VIT | dict(patch_size=8, embed_dim=24),
+        "cait_xxs24_224": VIT | dict(init_values=1.0),
+        "featscale_cait_S24_224": VIT | dict(init_values=1.0),
+        "attnscale_cait_S24_224": VIT | dict(init_values=1.0),
+    }
+    return timm.create_model(name, num_classes=5, **sizes.get(name, VIT))
+
+
+MODELS = [
+    "vit_base_patch16_224",
+    "deit_small_distilled_patch16_224",
+    "cait_xxs24_224",
+    "swin_tiny_patch4_window7_224",
+    "eva02_tiny_patch14_224",
+    "attnscale_small_12",
+    "featscale_small_24",
+    "attnscale_cait_S24_224",
+    "featscale_cait_S24_224",
+]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_visiting_hands_out_the_residual_stream_and_leaves_no_trace(name: str) -> None:
+    model = perturb(small_model(name))
+    images = random_tokens(2, 3, 32, 32)
+    expected = model(images)
+    outputs, inputs, seen = [], [], []
+    for layer in probe.find_layers(model):
+        layer.block.register_forward_hook(lambda block, args, output: outputs.append(output))
+        # In these pre-norm blocks the second norm reads the stream after the first residual sum.
+        layer.block.norm2.register_forward_hook(lambda norm, args, output: inputs.append(args[0]))
+
+    def visit(view: probe.LayerView) -> None:
+        stats = probe.feature_statistics(view, 16) | probe.map_statistics(view.attention_maps())
+        assert all(values.isfinite().all() for values in stats.values())
+        seen.append((view.index, view.after_residual, view.after_mlp))
+
+    with probe.visiting(model, visit) as layers:
+        torch.testing.assert_close(model(images), expected)
+    assert [index for index, _, _ in seen] == list(range(3)) and len(layers) == 3
+    for (_, residual, output), stream, block_output in zip(seen, inputs[-3:], outputs[-3:], strict=True):
+        torch.testing.assert_close(residual, stream.reshape(residual.shape))
+        torch.testing.assert_close(output, block_output.reshape(output.shape))
+    seen.clear()
+    model(images)
+    assert not seen
+
+
+@pytest.mark.parametrize("name", ["featscale_small_12", "featscale_cait_S24_224"])
+def test_the_attention_branch_is_read_after_featscale(name: str) -> None:
+    plain, scaled = small_model(name), small_model(name)
+    with torch.no_grad():
+        for layer in probe.find_layers(scaled):
+            layer.block.lamb2.fill_(0.5)
+            layer.block.lamb1.fill_(-0.25)
+    branches = []
+    for model in (plain, scaled):
+        collected = []
+        with probe.evaluating(model), probe.visiting(model, lambda v, c=collected: c.append(v.after_attention)):
+            model(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+        branches.append(collected[0])  # the first layer: the same input in both models
+    dc, hc = spectrum.band_gains(*branches)
+    gain = 2.0 if name == "featscale_small_12" else 1.0
+    torch.testing.assert_close(dc, torch.full_like(dc, 1 - 0.25 * gain), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(hc, torch.full_like(hc, 1 + 0.5 * gain), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_patch_grid(name: str) -> None:
+    assert probe.patch_grid(small_model(name), torch.zeros(1, 3, 32, 32)) == ((8, 8) if "swin" in name else (4, 4))
+
+
+def test_class_attention_is_left_out() -> None:
+    names = [layer.name for layer in probe.find_layers(small_model("cait_xxs24_224"))]
+    assert names == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+def test_layer_report_has_one_number_a_layer_and_puts_the_modes_back() -> None:
+    model = small_model("attnscale_small_12").train()
+    model.blocks[1].eval()
+    with torch.no_grad():
+        model.blocks[2].attn.lamb.copy_(torch.tensor([0.0, 0.3, 0.6]))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    report = probe.layer_report(model, images)
+    assert set(report) == {"hc_dc_attention", "hc_dc_residual", "hc_dc_mlp", "token_similarity", "lamb"}
+    assert all(len(values) == 3 for values in report.values())
+    assert report["lamb"] == pytest.approx([0, 0, 0.3])
+    assert [block.training for block in model.blocks] == [True, False, True] and model.training
+    assert report == probe.layer_report(model, images)
+    features = model.eval().forward_intermediates(images, return_prefix_tokens=True, output_fmt="NLC")[1]
+    last = torch.cat([features[-1][1], features[-1][0]], dim=1)
+    assert report["hc_dc_mlp"][-1] == pytest.approx(spectrum.high_frequency_ratio(last).mean().item(), rel=1e-4)
+
+
+def test_layer_report_reads_both_weights_of_featscale() -> None:
+    report = probe.layer_report(small_model("featscale_small_24"), torch.zeros(1, 3, 32, 32))
+    assert report["lamb1"] == report["lamb2"] == [0, 0, 0] and "lamb" not in report
+
+
+@pytest.mark.parametrize("name", ["attnscale_small_12", "cait_xxs24_224"])
+def test_layer_report_draws_nothing_at_random(name: str) -> None:
+    model = timm.create_model(name, num_classes=5, **VIT, drop_path_rate=0.5).train()
+    before = torch.get_rng_state()
+    probe.layer_report(model, torch.zeros(2, 3, 32, 32))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_layer_report_of_a_compiled_model_is_that_of_its_plain_code() -> None:
+    model, images = small_model("attnscale_small_12"), torch.randn(2, 3, 32, 32)
+    expected = probe.layer_report(model, images)
+    compilations = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> nn.Module:
+        compilations.append(graph)
+        return graph
+
+    model.compile(backend=backend)
+    logits, count = model(images), len(compilations)
+    assert count > 0 and probe.layer_report(model, images) == expected
+    torch.testing.assert_close(model(images), logits, rtol=0, atol=0)
+    assert len(compilations) == count  # nothing was left behind that makes it compile again
+
+
+def test_layer_report_of_a_model_with_gradient_checkpointing() -> None:
+    model, images = small_model("featscale_small_12"), torch.randn(2, 3, 32, 32)
+    expected = probe.layer_report(model, images)
+    model.set_grad_checkpointing(True)
+    assert probe.layer_report(model, images) == expected
