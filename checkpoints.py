@@ -19,7 +19,7 @@ import secrets
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlparse
@@ -140,24 +140,26 @@ def save(checkpoint: dict[str, Any], folder: str | Path, *, is_best: bool = Fals
         CheckpointError: It could not be written; the checkpoints already there are untouched.
     """
     folder = Path(folder)
-    current = folder / CURRENT
-    write(checkpoint, current)
-    try:
-        if is_best:
-            _duplicate(current, folder / BEST)
-        if keep > 0 and checkpoint["step"] == 0 and checkpoint["epoch"] >= 0:
-            _duplicate(current, folder / f"checkpoint_{checkpoint['epoch']:04d}.pth")
-            for old in _numbered(folder)[keep:]:
-                old.unlink()
-    except OSError as error:
-        raise CheckpointError(f"{current} was written, but its copies in {folder} could not be: {error}") from error
+    copies = [folder / BEST] if is_best else []
+    numbered = keep > 0 and checkpoint["step"] == 0 and checkpoint["epoch"] >= 0
+    if numbered:
+        copies.append(folder / f"checkpoint_{checkpoint['epoch']:04d}.pth")
+    write(checkpoint, folder / CURRENT, copies=copies)
+    if numbered:
+        for old in _numbered(folder)[keep:]:
+            _discard(old)
 
 
-def write(checkpoint: dict[str, Any], path: str | Path, *, keep_previous: bool = True) -> None:
+def write(
+    checkpoint: dict[str, Any], path: str | Path, *, keep_previous: bool = True, copies: Sequence[Path] = ()
+) -> None:
     """Writes a checkpoint with its digest so that a kill or power loss at any instant leaves a good file.
 
     The new file is complete and on the disk under a temporary name before it takes the place of the old one, and the
     old one becomes ``<stem>_prev.pth`` only after that, so even a damaged old file never replaces the last good one.
+
+    Further names in ``copies`` are given before that: a run that is killed in between does its last steps again and
+    writes them once more, while a best checkpoint that is missing afterwards would stay missing.
 
     Raises:
         CheckpointError: It could not be written (disk full, read-only folder); what was there is untouched.
@@ -172,6 +174,8 @@ def write(checkpoint: dict[str, Any], path: str | Path, *, keep_previous: bool =
             _append_digest(file)
             file.flush()
             os.fsync(file.fileno())
+        for copy in copies:
+            _duplicate(temporary, copy)
         previous = path.with_name(f"{path.stem}_prev{path.suffix}")
         if keep_previous and path.exists():
             try:

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import struct
+import threading
 import warnings
 import zlib
 from argparse import Namespace
@@ -587,13 +588,26 @@ def build_loader(
         persistent_workers=num_workers > 0,
         # Every batch waiting takes shared memory: 150 MB for 256 images of 224 pixels.
         prefetch_factor=2 if num_workers > 0 else None,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_leave_signals_to_main,
     )
 
 
-def _ignore_interrupts(worker_id: int) -> None:
-    """Leaves Ctrl-C to the main process, which then ends its workers: one traceback instead of one a worker."""
+def _leave_signals_to_main(worker_id: int) -> None:
+    """Lets only the main process end this worker.
+
+    Ctrl-C reaches the whole process group, and so does the SIGTERM with which torchrun, Slurm and clouds announce the
+    end: the main process then still needs batches until it has saved, and would take a worker's death for an error.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_main_asks, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_main_asks(main: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
+        pass
+    os._exit(0)
 
 
 @contextmanager
@@ -605,9 +619,11 @@ def explain_loader_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, EOFError) as error:
         # torch reports "exited unexpectedly" and names the signal in the cause.
         text = str(error.__cause__ or error)
+        if isinstance(error, EOFError | ConnectionError):  # the worker died while it handed over a batch
+            text = "DataLoader worker exited unexpectedly, its connection is closed"
         shared_memory = any(sign in text for sign in ("Bus error", "shared memory", "shm", "No space left on device"))
         if "DataLoader worker" not in text or not (shared_memory or "killed by" in text or "exited unexp" in text):
             raise

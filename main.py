@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
     output_dir = None if args.eval or args.throughput else args.output_dir
     with (
         utils.process_group(args.device, args.dist_url, args.dist_timeout) as world,
-        utils.claimed_folder(output_dir, world),
+        utils.claimed_folder(output_dir, world, timeout_s=min(60, args.dist_timeout / 2)),
         datasets.explain_loader_errors(),
     ):
         utils.setup_logging(world.rank)

@@ -176,13 +176,17 @@ def lost_peer(error: RuntimeError) -> str | None:
 
 
 def _join(world: World, dist_url: str, timeout_s: int) -> None:
+    timeout = timedelta(seconds=timeout_s)
     try:
+        store, _, _ = next(dist.rendezvous(dist_url, world.rank, world.world_size, timeout=timeout))
+        # torchrun keeps its store from one restart to the next, with the addresses of the processes that are dead.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             "nccl" if world.device.type == "cuda" else "gloo",
-            init_method=dist_url,
+            store=dist.PrefixStore(f"attempt-{attempt}", store),
             world_size=world.world_size,
             rank=world.rank,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timeout,
             device_id=world.device if world.device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:  # torch's DistNetworkError and DistStoreError are RuntimeErrors
@@ -244,7 +248,8 @@ def seed_everything(*address: int) -> None:
     Args:
         *address: Non-negative integers. Equal addresses give equal draws, however the run got there.
     """
-    state = np.random.SeedSequence(address).generate_state(3)
+    # The spawn key keeps a step's draws apart from those of the sample with the same address (samplers.sample_seed).
+    state = np.random.SeedSequence(address, spawn_key=(1,)).generate_state(3)
     random.seed(int(state[0]))
     np.random.seed(state[1])
     torch.manual_seed(int(state[2]))

@@ -66,7 +66,7 @@ class Ranks:
             group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             words = [str(flag) for flag in (*flags, *(rank_flags or {}).get(rank, ()))]
-            env = environment(**group, **(variables or {}))
+            env = environment(**(group | (variables or {})))
             self.processes.append(context.Process(target=_run_rank, args=(words, env, str(log))))
             self.processes[-1].start()
 

@@ -1,0 +1,325 @@
+"""Process group, addressed seeds, meters, logs, folders."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import ROOT, environment, free_port
+
+import utils
+from utils import EpochLog, Meters, World
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
+
+
+def run_ranks(code: str, processes: int = 2, timeout: float = 90) -> list[str]:
+    """Runs a script in processes that form a group as ``world``; returns what each rank printed."""
+    head = "import os, signal, sys, time, torch, utils\nfrom datetime import timedelta\n"
+    body = "".join(f"    {line}\n" for line in code.strip().splitlines())
+    script = f"{head}with utils.process_group('cpu', timeout_s=30) as world:\n{body}"
+    port = str(free_port())
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=environment(RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+    outputs = []
+    try:
+        for process in started:
+            outputs.append(process.communicate(timeout=timeout)[0])
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * processes, "\n".join(outputs)
+    return outputs
+
+
+# ---- the launcher's environment --------------------------------------------------------------------------------------
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in [*LAUNCHER_VARIABLES, *(name for name in os.environ if name.startswith("SLURM_"))]:
+        monkeypatch.setenv(name, "")  # so that what the code sets is undone too
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_without_a_launcher_this_is_a_single_process(no_launcher: pytest.MonkeyPatch) -> None:
+    with utils.process_group("cpu") as world:
+        assert world == World(0, 0, 1, CPU)
+        assert world.is_main and not world.distributed
+
+
+def test_torchrun_s_variables_win_over_slurm_s(no_launcher: pytest.MonkeyPatch) -> None:
+    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+    for name, value in ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "8"} | slurm).items():
+        no_launcher.setenv(name, value)
+    assert utils.launcher_rank() == 3
+    assert utils._launcher_environment() == (3, 1, 8)
+
+
+def test_srun_gives_rank_and_rendezvous(no_launcher: pytest.MonkeyPatch) -> None:
+    slurm = {"PROCID": "5", "NTASKS": "16", "LOCALID": "1", "JOB_ID": "123456", "STEP_NODELIST": "gpu[07-09,12]"}
+    for name, value in slurm.items():
+        no_launcher.setenv(f"SLURM_{name}", value)
+    assert utils._launcher_environment() == (5, 1, 16)
+    assert os.environ["MASTER_ADDR"] == "gpu07"
+    assert 1024 < int(os.environ["MASTER_PORT"]) < 65536
+
+
+def test_a_batch_script_s_single_task_is_a_single_process(no_launcher: pytest.MonkeyPatch) -> None:
+    no_launcher.setenv("SLURM_PROCID", "0")
+    no_launcher.setenv("SLURM_NTASKS", "1")
+    assert utils._launcher_environment() == (0, 0, 1)
+
+
+@pytest.mark.parametrize(("hosts", "first"), [
+    ("node03", "node03"),
+    ("node03,node05", "node03"),
+    ("node[03-07,12]", "node03"),
+    ("node[3,5]", "node3"),
+    ("node-a,node[1-2]", "node-a"),
+    ("gpu[10-11]-ib,login1", "gpu10-ib"),
+    ("r[1-2]n[4,6]", "r1n4"),
+    ("n1.cluster.example.org", "n1.cluster.example.org"),
+])  # fmt: skip
+def test_first_host_of_a_slurm_list(hosts: str, first: str) -> None:
+    assert utils.first_host(hosts) == first
+
+
+def test_cuda_without_a_device_names_the_flag() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(utils.SetupError, match="--device cuda:1.*--device auto or --device cpu"):
+        utils.resolve_device("cuda:1")
+    assert utils.resolve_device("auto") == "cpu"
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_alone_gives_up_with_a_sentence(no_launcher: pytest.MonkeyPatch) -> None:
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in variables.items():
+        no_launcher.setenv(name, value)
+    with pytest.raises(utils.SetupError, match="rank 1 of 2 could not join .* 127.0.0.1:.*every process was started"):
+        with utils.process_group("cpu", timeout_s=2):
+            pass
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_ranks_agree_on_signals_means_errors_and_checks() -> None:
+    """One start of two processes for all collectives: importing torch is what takes the time."""
+    code = """
+# A signal to rank 1 alone stops both after the same step: the one after next, as sums are read a step later.
+stop = utils.StopSignal(world, 30)
+steps = 0
+while not stop.agreed():
+    steps += 1
+    if world.rank == 1 and steps == 5:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert steps < 100
+print("stopped", steps, stop.received)
+
+# Means are weighted by the samples of all ranks: 1 x 2.0 on rank 0, 3 x 6.0 on rank 1.
+meters = utils.Meters(world.device)
+meters.update((1, 3)[world.rank], loss=torch.tensor((2.0, 6.0)[world.rank]))
+print("mean", meters.means()["loss"], meters.recent()["loss"][1])
+
+# An error of rank 0 is raised everywhere, its result stays there.
+print("result", utils.on_rank_zero(world, lambda: "written"))
+def fail():
+    raise utils.SetupError("disk")
+try:
+    utils.on_rank_zero(world, fail)
+except utils.SetupError as error:
+    print("raised", error)
+
+utils.check_agreement(world, "the epoch", 3)
+try:
+    utils.check_agreement(world, "the epoch", 3 + world.rank)
+except utils.SetupError as error:
+    print("differs", error)
+"""
+    outputs = run_ranks(code)
+    for rank, output in enumerate(outputs):
+        assert f"stopped 6 {rank == 1}" in output, outputs
+        assert f"mean 5.0 {(2.0, 6.0)[rank]}" in output
+        assert f"result {'written' if rank == 0 else None}" in output
+        assert "raised disk" in output
+        assert "differs the epoch differs between the processes: 3 on rank 0, 4 on rank 1" in output
+
+
+def test_a_signal_stops_a_single_process_at_its_next_step() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        for number in before:
+            stop = utils.StopSignal(ALONE)
+            assert not stop.agreed()
+            os.kill(os.getpid(), number)
+            assert stop.agreed()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_errors_of_lost_peers_are_told_from_others() -> None:
+    gloo = "[/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer"
+    assert utils.lost_peer(RuntimeError(gloo + "\nmore")) == gloo
+    assert utils.lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert utils.lost_peer(RuntimeError("DataLoader timed out after 5 seconds")) is None
+
+
+# ---- seeds -----------------------------------------------------------------------------------------------------------
+def draws() -> tuple:
+    return random.random(), float(np.random.rand()), torch.rand(1).item()
+
+
+def test_equal_addresses_give_equal_draws_and_others_do_not() -> None:
+    found = {}
+    for address in [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0), (0, 1, 0, 0), (1, 0, 0, 0), (2**40, 0, 0, 3)]:
+        utils.seed_everything(*address)
+        found[address] = draws()
+        random.random(), np.random.rand(3), torch.rand(5)  # whatever came before
+        utils.seed_everything(*address)
+        assert draws() == found[address]
+    for generator in zip(*found.values(), strict=True):
+        assert len(set(generator)) == len(found)
+
+
+# ---- meters ----------------------------------------------------------------------------------------------------------
+def test_meters_weigh_by_samples() -> None:
+    meters = Meters(CPU)
+    meters.update(1, loss=torch.tensor(1.0), lr=0.5)
+    meters.update(3, loss=torch.tensor(3.0), lr=0.5)
+    assert meters.means() == {"loss": 2.5, "lr": 0.5}
+
+
+def test_meters_state_restores_the_exact_sums() -> None:
+    """Stopped after any update and restored, the means have the same bits: the sums travel, not the means."""
+    values = [torch.rand(1, generator=torch.Generator().manual_seed(i)).squeeze() / 3 for i in range(20)]
+    whole = Meters(CPU)
+    for value in values:
+        whole.update(7, loss=value)
+    for stop in range(len(values)):
+        first = Meters(CPU)
+        for value in values[:stop]:
+            first.update(7, loss=value)
+        second = Meters(CPU, first.state())
+        for value in values[stop:]:
+            second.update(7, loss=value)
+        assert second.state() == whole.state()
+        assert second.means() == whole.means()
+
+
+def test_recent_means_are_those_since_the_last_call() -> None:
+    meters = Meters(CPU)
+    meters.update(2, loss=1.0)
+    assert meters.recent() == {"loss": (1.0, 1.0)}
+    meters.update(2, loss=3.0)
+    assert meters.recent() == {"loss": (3.0, 2.0)}
+
+
+def test_no_updates_give_no_means() -> None:
+    assert Meters(CPU).means() == {}
+
+
+# ---- log.txt ---------------------------------------------------------------------------------------------------------
+def test_epoch_log_drops_the_epochs_that_run_again(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    log = EpochLog(path, 0)
+    for epoch in range(4):
+        log.append({"epoch": epoch, "loss": 1 / (epoch + 3)})
+    kept = path.read_text().splitlines()[:2]
+    log = EpochLog(path, 2)
+    assert path.read_text().splitlines() == kept
+    log.append({"epoch": 2, "loss": 0.5})
+    assert [line["epoch"] for line in EpochLog.read(path)] == [0, 1, 2]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_epoch_log_survives_a_line_cut_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    whole = '{"epoch": 0, "loss": 0.25}\n{"epoch": 1, "loss": 0.125}\n'
+    first = whole.index("\n") + 1
+    for length in range(len(whole) + 1):
+        path.write_text(whole[:length])
+        EpochLog(path, 5)
+        complete = 2 if length >= len(whole) - 1 else 1 if length >= first - 1 else 0
+        assert [line["epoch"] for line in EpochLog.read(path)] == list(range(complete)), length
+        assert path.read_text() == "".join(whole.splitlines(keepends=True)[:complete])
+
+
+def test_epoch_log_keeps_every_bit_of_its_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    lines = [{"epoch": epoch, "loss": float(np.random.default_rng(epoch).standard_normal())} for epoch in range(50)]
+    log = EpochLog(path, 0)
+    for line in lines:
+        log.append(line)
+    EpochLog(path, 50)
+    assert EpochLog.read(path) == lines
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+def test_set_aside_moves_files_and_folders_to_new_places(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / "log.txt").write_text(str(number))
+        (tmp_path / "tensorboard").mkdir()
+        (tmp_path / "tensorboard" / "events").write_text(str(number))
+        target = utils.set_aside(tmp_path, ["log.txt", "tensorboard", "absent"])
+        assert target == tmp_path / f"earlier-{number}"
+        assert (target / "log.txt").read_text() == (target / "tensorboard" / "events").read_text() == str(number)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier-1", "earlier-2"]
+
+
+def test_set_aside_of_nothing_makes_nothing(tmp_path: Path) -> None:
+    assert utils.set_aside(tmp_path, ["log.txt"]) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_make_folder_names_the_folder_and_the_way_out(tmp_path: Path) -> None:
+    utils.make_folder(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(utils.SetupError, match=r"--output_dir .*/file/out: .*give another folder"):
+        utils.make_folder(tmp_path / "file" / "out")
+
+
+@pytest.mark.slow
+def test_a_claimed_folder_is_free_again_when_its_process_is_killed(tmp_path: Path) -> None:
+    code = f"import utils, torch, time\nwith utils.claimed_folder({str(tmp_path)!r}, utils.World(0, 0, 1, 'cpu')):\n"
+    code += "    print('claimed', flush=True)\n    time.sleep(600)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    ) as holder:
+        try:
+            assert holder.stdout.readline() == "claimed\n"
+            with pytest.raises(utils.SetupError, match="another run is writing there"):
+                with utils.claimed_folder(str(tmp_path), ALONE, timeout_s=0.3):
+                    pass
+        finally:
+            holder.kill()
+        holder.wait()
+        with utils.claimed_folder(str(tmp_path), ALONE, timeout_s=5):
+            pass
+
+
+def test_no_folder_is_claimed_where_nothing_is_written() -> None:
+    with utils.claimed_folder("", ALONE), utils.claimed_folder(None, ALONE):
+        pass
+
+
+def test_write_errors_become_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(utils.SetupError, match="writing failed .No space left on device.*free some space"):
+        with utils.explain_write_errors(tmp_path), Path("/dev/full").open("w") as full:
+            full.write("x" * 100_000)
