@@ -18,7 +18,7 @@ if [ "$(cat "$VENV/requirements.cksum" 2>/dev/null)" != "$wanted" ]; then
     "$base" -m venv "$VENV"
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$repository/requirements.txt"
     "$PYTHON" -c 'import torchvision' 2>/dev/null || {
-        echo "error: torch and torchvision in $VENV are not a pair: torch 2.14.* goes with torchvision 0.29.*;" \
+        echo "error: torch and torchvision in $VENV are not a pair: torch 2.14.1 goes with torchvision 0.29.1;" \
             "remove $VENV and install both from the same index" >&2
         exit 1
     }
