@@ -7,8 +7,8 @@ How to add a remedy: one file beside ``attnscale.py`` with the equation, a pure 
 the timm layer it changes; then one constructor-argument dict and its rows in ``deit.py`` and ``cait.py``. Its new
 parameters' names go into ``REMEDY_PARAMETERS``: a plain checkpoint may lack exactly these.
 
-How to add a backbone: one file beside ``deit.py`` with a size table, a ``_build`` function around timm's model class,
-the table of variants and ``default_cfgs``; then import it here.
+How to add a backbone: one file beside ``deit.py`` with a size table, the table of variants, ``default_cfgs`` and a
+call of ``register_variants`` with timm's model class; then import it here.
 """
 
 from . import cait, deit

@@ -1,33 +1,73 @@
-"""Registers a table of model variants with timm, so that a variant is one row: its name, its remedy, its size."""
+"""Registers a table of model variants with timm: a variant is one row, name, remedy, size and resolution."""
 
 import sys
 from collections.abc import Callable
 
-from timm.models import register_model
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
+
+from .folding import set_fused
+
+# Name -> constructor arguments of the remedy, constructor arguments of the size, side of the images in pixels.
+Variants = dict[str, tuple[dict, dict, int]]
+
+
+def data_configs(variants: Variants, crop_pct: float) -> dict:
+    """timm's ``default_cfgs`` of a backbone.
+
+    Args:
+        variants: The backbone's table.
+        crop_pct: Share of the resized image that evaluation keeps; 224 / 256 on DeiT, 1 on CaiT.
+    """
+    common = dict(
+        num_classes=1000,
+        pool_size=None,
+        crop_pct=crop_pct,
+        interpolation="bicubic",
+        fixed_input_size=True,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv="patch_embed.proj",
+        classifier="head",
+        license="mit",
+    )
+    return generate_default_cfgs(
+        {name: common | {"input_size": (3, pixels, pixels)} for name, (_, _, pixels) in variants.items()}
+    )
 
 
 def register_variants(
-    module_name: str, variants: dict[str, tuple[dict, dict]], build: Callable[..., nn.Module]
+    module_name: str, variants: Variants, model_class: type[nn.Module], checkpoint_filter_fn: Callable
 ) -> None:
-    """Makes one timm entry point a row of ``variants`` and binds it in the module under its name.
+    """Makes a timm entry point of each row of ``variants`` and binds it in the backbone's module under its name.
 
     Args:
         module_name: ``__name__`` of the backbone's module; its ``default_cfgs`` must exist already.
-        variants: Model name -> (constructor arguments of the remedy, constructor arguments of the size).
-        build: ``build(name, pretrained, **constructor_arguments)`` of the backbone.
+        variants: The backbone's table.
+        model_class: timm's model class, or one derived from it.
+        checkpoint_filter_fn: timm's adapter of pre-trained state dicts to that class.
     """
     module = sys.modules[module_name]
-    for name, (remedy, size) in variants.items():
-        setattr(module, name, register_model(_entry_point(module_name, name, {**remedy, **size}, build)))
+    for name, (remedy, size, _) in variants.items():
+        entry_point = _entry_point(name, {**remedy, **size}, model_class, checkpoint_filter_fn)
+        entry_point.__module__ = module_name
+        setattr(module, name, register_model(entry_point))
 
 
 def _entry_point(
-    module_name: str, name: str, defaults: dict, build: Callable[..., nn.Module]
+    name: str, defaults: dict, model_class: type[nn.Module], checkpoint_filter_fn: Callable
 ) -> Callable[..., nn.Module]:
-    def entry_point(pretrained: bool = False, **kwargs) -> nn.Module:
-        return build(name, pretrained, **{**defaults, **kwargs})
+    def entry_point(pretrained: bool = False, fused: bool | None = None, **kwargs) -> nn.Module:
+        model = build_model_with_cfg(
+            model_class,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter"),
+            **{**defaults, **kwargs},
+        )
+        return model if fused is None else set_fused(model, fused)
 
     entry_point.__name__ = entry_point.__qualname__ = name  # timm registers a function under its __name__
-    entry_point.__module__ = module_name
     return entry_point
