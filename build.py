@@ -82,13 +82,23 @@ def num_classes(args: argparse.Namespace, start: Start) -> int:
     return counted
 
 
+def check_model_names(args: argparse.Namespace) -> None:
+    """Refuses unknown models before anything is read.
+
+    Raises:
+        ArgumentError: With the names that come near.
+    """
+    names = {"--model": args.model} | (
+        {"--teacher-model": args.teacher_model} if args.distillation_type != "none" else {}
+    )
+    for flag, name in names.items():
+        if not timm.is_model(name):
+            near = get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
+            raise ArgumentError(f"{flag} {name}: no such model; near: {', '.join(near) or 'none'} (see --list-models)")
+
+
 def build_model(args: argparse.Namespace, classes: int) -> nn.Module:
     """The model of ``--model``; ``--drop`` goes where the paper's code has it, not to ``drop_rate`` (the head)."""
-    if not timm.is_model(args.model):
-        near = get_close_matches(args.model, timm.list_models(), n=4, cutoff=0.5)
-        raise ArgumentError(
-            f"--model {args.model}: no such model; near: {', '.join(near) or 'none'} (see --list-models)"
-        )
     kwargs = {"num_classes": classes}
     if timm.get_pretrained_cfg(args.model).fixed_input_size:
         kwargs["img_size"] = args.input_size
@@ -242,8 +252,6 @@ def build_teacher(args: argparse.Namespace, classes: int, device: torch.device) 
     """The frozen teacher of ``--distillation-type``, with the weights of ``--teacher-path``."""
     if args.distillation_type == "none":
         return None
-    if not timm.is_model(args.teacher_model):
-        raise ArgumentError(f"--teacher-model {args.teacher_model}: no such model")
     teacher = timm.create_model(args.teacher_model, num_classes=classes)
     checkpoints.load_weights(teacher, checkpoints.read(args.teacher_path)["model"], source=args.teacher_path)
     return teacher.to(device).eval().requires_grad_(False)

@@ -34,6 +34,7 @@ def main(args: argparse.Namespace) -> None:
     if args.list_models:
         print("\n".join(models.list_models()))
         return
+    build.check_model_names(args)
     output_dir = None if args.eval or args.throughput else args.output_dir
     with (
         utils.process_group(args.device, args.dist_url, args.dist_timeout) as world,

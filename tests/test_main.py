@@ -575,7 +575,7 @@ def test_an_output_folder_that_cannot_be_is_one_clear_line(data: Path, tmp_path:
 def test_argument_errors_are_not_system_exits() -> None:
     """``build`` can be used from Python."""
     with pytest.raises(ArgumentError, match="no such model"):
-        build.build_model(parse("--model", "no_such_model"), 3)
+        build.check_model_names(parse("--model", "no_such_model"))
 
 
 def test_main_is_a_table_of_contents() -> None:

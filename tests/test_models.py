@@ -311,12 +311,6 @@ class TestWaysToRunAModel:
         randomise_remedy(model)
         return model
 
-    @pytest.mark.slow
-    def test_compiled(self, name: str) -> None:
-        model = self.model(name)
-        expected = model(self.images)
-        torch.testing.assert_close(torch.compile(model)(self.images), expected, rtol=1e-4, atol=1e-5)
-
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision(self, name: str, dtype: torch.dtype) -> None:
         model = self.model(name)
