@@ -12,11 +12,12 @@ from timm.data import Mixup, resolve_data_config
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import checkpoints
 import datasets
 import engine
+import fastload
 import losses
 import models
 import optim
@@ -150,7 +151,7 @@ def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: 
     start.epoch, start.step = saved["epoch"] + 1, saved.get("step", 0)
     start.max_accuracy = dict(saved.get("max_accuracy") or {})
     then = saved.get("args") or {}
-    now = {name: getattr(args, name) for name in ("batch_size", "grad_accum", "seed")} | {
+    now = {name: getattr(args, name) for name in ("batch_size", "grad_accum", "seed", "plain_loader")} | {
         "world_size": world.world_size
     }
     changed = {name: f"{then[name]} -> {now[name]}" for name in now if then.get(name) not in (None, now[name])}
@@ -233,6 +234,9 @@ def build_trainer(
             # ranks in another order: a resumed run would differ in the last bits. This flag switches regrouping off.
             find_unused_parameters=world.device.type == "cpu" and world.world_size > 2,
         )
+    prepare = None
+    if not args.plain_loader:
+        prepare = fastload.build_device_transform(args, resolve_data_config({}, model=model), world.device)
     return engine.Trainer(
         wrapped,
         model,
@@ -241,6 +245,7 @@ def build_trainer(
         scaler,
         world.device,
         amp_dtype,
+        prepare,
         mixup,
         ema,
         args.clip_grad,
@@ -261,7 +266,7 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> t
     """The training loader (None with ``--eval``) and the evaluation loader, each this rank's share of its data set."""
     data_config = resolve_data_config({}, model=model)
     dataset_val, _ = datasets.build_dataset(False, args, data_config)
-    dataset_train = None if args.eval else datasets.build_dataset(True, args, data_config)[0]
+    dataset_train = None if args.eval else build_training_set(args, data_config)
     sampler_train, sampler_val = samplers.build_samplers(
         dataset_train,
         dataset_val,
@@ -281,6 +286,13 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> t
     return datasets.build_loader(
         dataset_train, sampler_train, batch_size=batch_size, drop_last=True, **common
     ), loader_val
+
+
+def build_training_set(args: argparse.Namespace, data_config: dict) -> Dataset:
+    """Training images: bytes that ``Trainer.prepare`` finishes on the device, or floats with ``--plain-loader``."""
+    if args.plain_loader:
+        return datasets.build_dataset(True, args, data_config)[0]
+    return fastload.build_dataset(args, data_config)[0]
 
 
 def fit_batch_size(args: argparse.Namespace, samples: int) -> int:

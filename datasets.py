@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.data.transforms import str_to_interp_mode
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, DatasetFolder, FashionMNIST, ImageFolder, VisionDataset
 from torchvision.datasets.folder import find_classes
@@ -97,13 +97,37 @@ def load_image(path: str) -> Image.Image:
     Raises:
         BadImageError: If the file cannot be read.
     """
+    return decode(open_image(path))
+
+
+def open_image(path: str) -> Image.Image:
+    """Reads the head of an image file: its size is known, its pixels are decoded when they are needed.
+
+    Raises:
+        BadImageError: If the file cannot be read.
+    """
+    with _explain_image_errors(path):
+        return Image.open(path)
+
+
+def decode(image: Image.Image) -> Image.Image:
+    """Reads the rest of an image from :func:`open_image` as RGB and closes its file; a decoded one is only converted.
+
+    Raises:
+        BadImageError: If the file cannot be decoded.
+    """
+    with _explain_image_errors(getattr(image, "filename", "")), image:
+        image.load()
+        return to_rgb(image)
+
+
+@contextmanager
+def _explain_image_errors(path: str) -> Iterator[None]:
     with warnings.catch_warnings():
         # Broken EXIF blocks and odd TIFF tags do not touch the pixels, and ImageNet has hundreds of them.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         try:
-            with Image.open(path) as image:
-                image.load()
-                return to_rgb(image)
+            yield
         except IMAGE_ERRORS as error:
             raise BadImageError(
                 f"cannot read image {path} ({type(error).__name__}: {error}): repair or remove it, "
@@ -111,7 +135,9 @@ def load_image(path: str) -> Image.Image:
             ) from error
 
 
-def build_transform(is_train: bool, args: Namespace, data_config: dict[str, Any] | None = None) -> transforms.Compose:
+def build_transform(
+    is_train: bool, args: Namespace, data_config: dict[str, Any] | None = None, *, as_image: bool = False
+) -> transforms.Compose:
     """Transform from an RGB image of any size to a normalised float tensor of shape (3, input_size, input_size).
 
     Args:
@@ -124,6 +150,7 @@ def build_transform(is_train: bool, args: Namespace, data_config: dict[str, Any]
             resizing. ``resplit`` acts on batches of augmentation splits only, which this recipe does not have.
         data_config: ``timm.data.resolve_data_config({}, model=model)``: ``mean``, ``std``, ``crop_pct`` and
             ``interpolation`` (of the evaluation). None: timm's defaults, those of ImageNet.
+        as_image: Whether the training transform ends with the augmented image, not yet a tensor.
 
     Raises:
         DataError: If ``aa`` or ``eval_crop_ratio`` has no meaning.
@@ -133,9 +160,10 @@ def build_transform(is_train: bool, args: Namespace, data_config: dict[str, Any]
     config = data_config or resolve_data_config(pretrained_cfg={"input_size": (3, args.input_size, args.input_size)})
     small = args.input_size <= 32
     if is_train:
-        transform = create_transform(
+        crop, augment, finish = create_transform(
             input_size=args.input_size,
             is_training=True,
+            separate=True,
             color_jitter=args.color_jitter,
             hflip=getattr(args, "hflip", 0.5),
             auto_augment=_auto_augment_policy(args.aa),
@@ -149,11 +177,12 @@ def build_transform(is_train: bool, args: Namespace, data_config: dict[str, Any]
         if small:
             # An image of 32 pixels has no room for a random crop of 8% of its area.
             bicubic = str_to_interp_mode("bicubic")
-            transform.transforms[:1] = [
+            crop.transforms[:1] = [
                 transforms.Resize(args.input_size, interpolation=bicubic),
                 transforms.RandomCrop(args.input_size, padding=4),
             ]
-        return transform
+        parts = (crop, augment) if as_image else (crop, augment, finish)
+        return transforms.Compose([step for part in parts for step in part.transforms])
     crop_ratio = getattr(args, "eval_crop_ratio", None)
     if crop_ratio is None:
         crop_ratio = config["crop_pct"]
@@ -190,11 +219,14 @@ class ImageTree(ImageFolder):
 
     Args:
         root: Folder of the class folders.
-        transform: Applied to the RGB image.
+        transform: Applied to the image that ``loader`` returns.
+        loader: ``load_image``, or ``open_image`` for a transform that decodes.
     """
 
-    def __init__(self, root: str | Path, transform: Callable | None = None) -> None:
-        super().__init__(root, transform=transform, loader=load_image)
+    def __init__(
+        self, root: str | Path, transform: Callable | None = None, loader: Callable[[str], Image.Image] = load_image
+    ) -> None:
+        super().__init__(root, transform=transform, loader=loader)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """Class names in label order, and their labels."""
@@ -256,18 +288,25 @@ class INaturalistJson(DatasetFolder):
         train: Whether to read the training images.
         year: 2018 or 2019.
         category: Level: kingdom, phylum, class, order, supercategory, family, genus or name.
-        transform: Applied to the RGB image.
+        transform: Applied to the image that ``loader`` returns.
+        loader: As in ``ImageTree``.
 
     Raises:
         DataError: If a file is missing or is not what it should be.
     """
 
     def __init__(
-        self, root: str | Path, train: bool, year: int, category: str = "name", transform: Callable | None = None
+        self,
+        root: str | Path,
+        train: bool,
+        year: int,
+        category: str = "name",
+        transform: Callable | None = None,
+        loader: Callable[[str], Image.Image] = load_image,
     ) -> None:
         # Not DatasetFolder's constructor, which would look for class folders.
         VisionDataset.__init__(self, root, transform=transform)
-        self.loader = load_image
+        self.loader = loader
         self.extensions = None
         self.category = category
         split_file = Path(root) / f"{'train' if train else 'val'}{year}.json"
@@ -356,7 +395,14 @@ class SkipBadImages(Dataset):
         return len(self.dataset)
 
 
-def build_dataset(is_train: bool, args: Namespace, data_config: dict[str, Any] | None = None) -> tuple[Dataset, int]:
+def build_dataset(
+    is_train: bool,
+    args: Namespace,
+    data_config: dict[str, Any] | None = None,
+    *,
+    transform: Callable | None = None,
+    loader: Callable[[str], Image.Image] = load_image,
+) -> tuple[Dataset, int]:
     """Data set of the training or the evaluation images, and the number of classes.
 
     Args:
@@ -364,6 +410,8 @@ def build_dataset(is_train: bool, args: Namespace, data_config: dict[str, Any] |
         args: Arguments: ``data_set`` (one of ``DATA_SETS``), ``data_path``, ``inat_category``, what ``build_transform``
             reads, and, where present, ``download`` (False) and ``skip_bad_images`` (0).
         data_config: As in ``build_transform``.
+        transform: In place of ``build_transform``'s.
+        loader: Reads a file for it: ``load_image``, or ``open_image`` for a transform that decodes.
 
     Returns:
         The data set, whose items are (tensor of shape (3, input_size, input_size), label), and its number of classes,
@@ -372,18 +420,18 @@ def build_dataset(is_train: bool, args: Namespace, data_config: dict[str, Any] |
     Raises:
         DataError: If the data are not there or not usable.
     """
-    transform = build_transform(is_train, args, data_config)
+    transform = transform or build_transform(is_train, args, data_config)
     root = _check_root(args)
     if args.data_set in ("CIFAR", "CIFAR10", "FMNIST"):
         dataset = _build_torchvision(is_train, args, root, transform)
         return dataset, len(dataset.classes)
     if args.data_set in INAT_YEARS:
         category = getattr(args, "inat_category", "name")
-        dataset = INaturalistJson(root, is_train, INAT_YEARS[args.data_set], category, transform)
+        dataset = INaturalistJson(root, is_train, INAT_YEARS[args.data_set], category, transform, loader)
     else:
         _tree_classes(args, root, is_train)
         try:
-            dataset = ImageTree(root / ("train" if is_train else "val"), transform)
+            dataset = ImageTree(root / ("train" if is_train else "val"), transform, loader)
         except FileNotFoundError as error:
             raise DataError(f"--data-path {root}: {error}") from error
     limit = getattr(args, "skip_bad_images", 0)
@@ -519,8 +567,8 @@ def _read_json(path: Path) -> Any:
 class AddressedDataset(Dataset):
     """Takes the keys of ``AddressedSampler``: a sample's random draws follow from its key.
 
-    Python's, numpy's and torch's CPU generator are seeded for the sample (timm's augmentations use all three) and put
-    back afterwards, so that loading in the main process leaves its random state alone.
+    Python's, numpy's and torch's CPU generator are seeded for the sample (timm's augmentations use all three). Loading
+    in the main process leaves their state alone.
 
     Args:
         dataset: Data set with integer indices.
@@ -543,16 +591,18 @@ class AddressedDataset(Dataset):
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Seeds the three CPU generators within the context; those of the accelerators are left alone."""
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    in_main = get_worker_info() is None  # workers draw nothing else: they can do without the 0.1 ms of putting back
+    states = (random.getstate(), np.random.get_state(), torch.default_generator.get_state()) if in_main else ()
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.default_generator.set_state(states[2])
+        if in_main:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.default_generator.set_state(states[2])
 
 
 def build_loader(

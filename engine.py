@@ -41,6 +41,7 @@ class Trainer:
         scaler: Loss scaling; a disabled one passes everything through.
         device: Where the step runs.
         amp_dtype: Precision of the forward pass; float32 switches autocast off.
+        prepare: What the loader has left to the device, from its batch to images (B, 3, H, W); None: nothing.
         mixup: Mixes a batch of even size and turns its class indices into distributions, or None.
         ema: Moving average of the weights, or None.
         clip_grad: Largest global norm of the gradient; None or 0 clips nothing.
@@ -54,6 +55,7 @@ class Trainer:
     scaler: torch.amp.GradScaler
     device: torch.device
     amp_dtype: torch.dtype = torch.float32
+    prepare: Callable[[Tensor], Tensor] | None = None
     mixup: Mixup | None = None
     ema: ModelEmaV3 | None = None
     clip_grad: float | None = None
@@ -80,7 +82,7 @@ def train_one_epoch(
         meters: Running means of the epoch; those of the batches before ``start_step`` are in it already.
         start_step: Batches of this epoch that an earlier process has done.
         print_freq: Batches between console lines; only there does the host wait for the device.
-        seed_step: Called with the batch's number before its random draws (mixup, dropout, drop-path).
+        seed_step: Called with the batch's number before its random draws (erasing, mixup, dropout, drop-path).
         after_step: Called with the number of batches done after each optimizer step; may save or raise.
 
     Returns:
@@ -122,6 +124,8 @@ def train_one_epoch(
 
 def forward_backward(trainer: Trainer, images: Tensor, targets: Tensor, *, sync: bool = True, parts: int = 1) -> Tensor:
     """Adds one batch's gradient over ``parts`` and returns the loss; ranks exchange gradients only with ``sync``."""
+    if trainer.prepare is not None:
+        images = trainer.prepare(images)
     if trainer.mixup is not None:
         images, targets = trainer.mixup(images, targets)
     skip_exchange = trainer.model.no_sync if not sync and hasattr(trainer.model, "no_sync") else nullcontext

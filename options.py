@@ -239,6 +239,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     data.add("--no-pin-mem", action="store_false", dest="pin_mem", help="ordinary memory")
     parser.set_defaults(pin_mem=True)
     data.add(
+        "--plain-loader",
+        action="store_true",
+        default=False,
+        help="decode, resize, normalise and erase image by image in the loader processes; left out: the same recipe, "
+        "with large files decoded smaller, torch's resize, and normalisation and erasing by batches on the device",
+    )
+    data.add(
         "--eval-crop-ratio",
         type=float,
         default=None,

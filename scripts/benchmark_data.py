@@ -1,0 +1,201 @@
+"""What loading a training image costs a processor core: the plain loader against the fast one, and a look inside.
+
+    python scripts/benchmark_data.py                            # photographs made from scikit-learn's two
+    python scripts/benchmark_data.py --data-path /data/imagenet # images of that tree's train/
+    python scripts/benchmark_data.py --quick
+
+Both loaders run in turns, each with one worker process, over the same images. A round's cost is the processor time of
+that worker and of the main process that receives its batches, so that other programs hardly disturb it; the ratio is
+the median over the rounds. The device's share of the fast loader (normalisation, erasing) is a line of its own.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+from sklearn.datasets import load_sample_images
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import datasets
+import fastload
+import options
+import samplers
+
+SIZE = (500, 375)  # the most frequent of ImageNet
+
+
+def make_photographs(folder: Path, number: int, size: tuple[int, int] = SIZE, seed: int = 0) -> None:
+    """Writes different JPEG files with the detail and the file size (about 90 kB at 500x375) of ImageNet's.
+
+    Each is a random crop of one of scikit-learn's two photographs with other brightness and colours, and with the
+    grain that the scaled-down originals lack.
+
+    Args:
+        folder: Gets the files, as one class of a ``train/`` and a ``val/`` tree.
+        number: Of files in ``train/``; ``val/`` gets one.
+        size: Width and height in pixels.
+        seed: Of everything.
+    """
+    rng = np.random.default_rng(seed)
+    originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    for split, count in (("train", number), ("val", 1)):
+        (folder / split / "photographs").mkdir(parents=True)
+        for i in range(count):
+            original = originals[i % len(originals)]
+            width = rng.integers(500, 570)
+            left, top = rng.integers(0, original.width - width + 1), rng.integers(0, original.height - 427 + 1)
+            height = min(width * 3 // 4, original.height)
+            image = original.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+            if rng.random() < 0.5:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.7, 1.3))
+            image = ImageEnhance.Color(image).enhance(rng.uniform(0.5, 1.5))
+            grain = rng.normal(0, rng.uniform(3, 9), (*size[::-1], 1)) + rng.normal(0, 2, (*size[::-1], 3))
+            pixels = (np.asarray(image) + grain).clip(0, 255).astype(np.uint8)
+            quality = int(rng.integers(90, 97))
+            Image.fromarray(pixels).save(folder / split / "photographs" / f"{i:05}.jpg", quality=quality)
+
+
+def data_table(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the loaders' table and of what they spend their time on.
+
+    Args:
+        args: Reads ``quick``; where present also ``data_path``, ``images`` (a round), ``rounds`` and ``batch_size``.
+    """
+    torch.set_num_threads(1)
+    number = getattr(args, "images", None) or (128 if args.quick else 512)
+    rounds = getattr(args, "rounds", None) or (3 if args.quick else 9)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = getattr(args, "data_path", None)
+        if not path:
+            make_photographs(Path(temporary), min(number, 256))
+            path = temporary
+        recipe = options.get_args_parser().parse_args(["--data-set", "FOLDER", "--data-path", str(path)])
+        # The order is shuffled and repeated augmentation is off: nothing gains from reading an image twice in a row.
+        sets = {"plain": datasets.build_dataset(True, recipe)[0], "fast": fastload.build_dataset(recipe)[0]}
+        rows = compare_loaders(
+            sets, min(number, 10 * len(sets["plain"])), rounds, getattr(args, "batch_size", None) or 64
+        )
+        rows += stages(sets, recipe, 2 if args.quick else 5)
+    print(format_loaders(rows), flush=True)
+    return rows
+
+
+def compare_loaders(sets: dict[str, Any], number: int, rounds: int, batch_size: int) -> list[dict[str, Any]]:
+    """Images per second of processor time of each data set, behind a loader with one worker; the first is the plain."""
+    batch_size = min(batch_size, number)
+    loaders = {}
+    for name, dataset in sets.items():
+        subset = torch.utils.data.Subset(dataset, [i % len(dataset) for i in range(number)])
+        sampler = samplers.build_samplers(subset, subset, world_size=1, rank=0, repeated_aug=False, seed=0)[0]
+        loaders[name] = datasets.build_loader(
+            subset, sampler, batch_size=batch_size, num_workers=1, pin_memory=False, drop_last=True
+        )
+    costs: dict[str, list[float]] = {name: [] for name in sets}
+    walls: dict[str, list[float]] = {name: [] for name in sets}
+    for epoch in range(rounds + 1):
+        for name in sorted(sets, reverse=epoch % 2 == 0):
+            loaders[name].sampler.set_epoch(epoch)
+            began, cpu = time.perf_counter(), _processor_seconds()
+            count = sum(len(labels) for _, labels in loaders[name])
+            if epoch > 0:  # the workers start in the first, and fill the file cache
+                costs[name].append((_processor_seconds() - cpu) / count)
+                walls[name].append((time.perf_counter() - began) / count)
+    plain = next(iter(sets))
+    return [
+        dict(
+            loader=name,
+            images=number,
+            rounds=rounds,
+            images_per_core_s=1 / statistics.median(costs[name]),
+            ratio=statistics.median(a / b for a, b in zip(costs[plain], costs[name], strict=True)),
+            wall_ratio=statistics.median(a / b for a, b in zip(walls[plain], walls[name], strict=True)),
+            cpu_rounds_s=costs[name],
+        )
+        for name in sets
+    ]
+
+
+def _processor_seconds() -> float:
+    """Of this process and of its workers, of which only one is at work at a time."""
+    seconds = time.process_time()
+    for worker in multiprocessing.active_children():
+        # Fields 14 and 15, counted behind the name in brackets: time as user and in the kernel, in clock ticks.
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+def stages(sets: dict[str, Any], recipe: argparse.Namespace, repeats: int) -> list[dict[str, Any]]:
+    """Milliseconds an image of every step of both transforms, of making a batch, and of the device's part on a CPU."""
+    rows = []
+    for name, dataset in sets.items():
+        times: dict[str, float] = defaultdict(float)
+
+        def timed(stage: str, step: Callable[..., Any], *inputs: Any, times: dict[str, float] = times) -> Any:
+            began = time.thread_time()
+            output = step(*inputs)
+            times[stage] += time.thread_time() - began
+            return output
+
+        batch = []
+        files = [path for path, _ in dataset.samples[:64]]
+        for seed in range(repeats):
+            batch = []
+            for i, path in enumerate(files):
+                with datasets._seeded(samplers.sample_seed(seed, 0, 0, i)):
+                    image = timed("open" if name == "fast" else "open, decode", dataset.loader, path)
+                    for step in dataset.transform.transforms:
+                        stage = getattr(step, "__name__", type(step).__name__).strip("_")
+                        image = timed(stage, step, image)
+                batch.append(image)
+            batch = timed("collate", torch.stack, batch)
+            if name == "fast":
+                timed("device's part, on this CPU", fastload.build_device_transform(recipe), batch)
+        total = repeats * len(files)
+        rows += [dict(loader=name, stage=stage, ms=1e3 * value / total) for stage, value in times.items()]
+    return rows
+
+
+def format_loaders(rows: list[dict[str, Any]]) -> str:
+    """Markdown tables: the loaders, then their stages."""
+    lines = ["\n| loader | images/s per core | ratio | wall ratio |", "| --- | ---: | ---: | ---: |"]
+    for row in rows:
+        if "ratio" in row:
+            rate, ratio, wall = row["images_per_core_s"], row["ratio"], row["wall_ratio"]
+            lines.append(f"| {row['loader']} | {rate:.0f} | {ratio:.2f} | {wall:.2f} |")
+    lines += ["\n| loader | stage | ms an image |", "| --- | --- | ---: |"]
+    lines += [f"| {row['loader']} | {row['stage']} | {row['ms']:.3f} |" for row in rows if "stage" in row]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures alone, without the other tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-path", help="tree with train/ and val/; left out: photographs are made")
+    parser.add_argument("--images", type=int, help="a round; default 512 (--quick: 128)")
+    parser.add_argument("--rounds", type=int, help="default 9 (--quick: 3)")
+    parser.add_argument("-b", "--batch-size", type=int, default=64)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--results-file", type=Path, metavar="JSON")
+    args = parser.parse_args()
+    rows = data_table(args)
+    if args.results_file:
+        args.results_file.write_text(json.dumps({"data": rows}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
