@@ -151,7 +151,7 @@ def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: 
     start.epoch, start.step = saved["epoch"] + 1, saved.get("step", 0)
     start.max_accuracy = dict(saved.get("max_accuracy") or {})
     then = saved.get("args") or {}
-    now = {name: getattr(args, name) for name in ("batch_size", "grad_accum", "seed", "plain_loader")} | {
+    now = {name: getattr(args, name) for name in ("batch_size", "grad_accum", "seed", "fast_loader")} | {
         "world_size": world.world_size
     }
     changed = {name: f"{then[name]} -> {now[name]}" for name in now if then.get(name) not in (None, now[name])}
@@ -235,7 +235,7 @@ def build_trainer(
             find_unused_parameters=world.device.type == "cpu" and world.world_size > 2,
         )
     prepare = None
-    if not args.plain_loader:
+    if args.fast_loader:
         prepare = fastload.build_device_transform(args, resolve_data_config({}, model=model), world.device)
     return engine.Trainer(
         wrapped,
@@ -289,10 +289,10 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> t
 
 
 def build_training_set(args: argparse.Namespace, data_config: dict) -> Dataset:
-    """Training images: bytes that ``Trainer.prepare`` finishes on the device, or floats with ``--plain-loader``."""
-    if args.plain_loader:
-        return datasets.build_dataset(True, args, data_config)[0]
-    return fastload.build_dataset(args, data_config)[0]
+    """Training images as floats, or with ``--fast-loader`` as bytes that ``Trainer.prepare`` finishes on the device."""
+    if args.fast_loader:
+        return fastload.build_dataset(args, data_config)[0]
+    return datasets.build_dataset(True, args, data_config)[0]
 
 
 def fit_batch_size(args: argparse.Namespace, samples: int) -> int:

@@ -239,11 +239,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     data.add("--no-pin-mem", action="store_false", dest="pin_mem", help="ordinary memory")
     parser.set_defaults(pin_mem=True)
     data.add(
-        "--plain-loader",
+        "--fast-loader",
         action="store_true",
-        default=False,
-        help="decode, resize, normalise and erase image by image in the loader processes; left out: the same recipe, "
-        "with large files decoded smaller, torch's resize, and normalisation and erasing by batches on the device",
+        help="decode only what a crop needs, resize with torch, normalise and erase on the device: the same draws, "
+        "pixels that differ by a level of 255 here and there, more images/s (docs/performance.md)",
     )
     data.add(
         "--eval-crop-ratio",
