@@ -3,9 +3,13 @@
 import argparse
 
 import torch
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
+
+# One kernel for many parameters. Under a loss scaler it also skips a step with infinite gradients on the device; the
+# other kinds let the host wait for the device at every step to know.
+HAVE_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 def scaled_lr(args: argparse.Namespace, world_size: int) -> float:
@@ -15,7 +19,11 @@ def scaled_lr(args: argparse.Namespace, world_size: int) -> float:
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """timm's optimizer over two groups: no decay (1-D parameters, biases, tokens, position embeddings), then decay."""
-    return create_optimizer_v2(model, **(optimizer_kwargs(args) | {"lr": lr}))
+    kwargs = optimizer_kwargs(args) | {"lr": lr}
+    plain_name = args.opt.lower().removeprefix("lookahead_")
+    if issubclass(get_optimizer_class(plain_name, bind_defaults=False), HAVE_FUSED):
+        kwargs["fused"] = True
+    return create_optimizer_v2(model, **kwargs)
 
 
 def lr_plan(args: argparse.Namespace, lr: float) -> list[float]:

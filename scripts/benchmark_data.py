@@ -73,7 +73,7 @@ def data_table(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the loaders' table and of what they spend their time on.
 
     Args:
-        args: Reads ``quick``; where present also ``data_path``, ``images`` (a round), ``rounds`` and ``batch_size``.
+        args: Reads ``quick``; where present also ``data_path``, ``size``, ``images`` (a round), ``rounds``, ``batch_size``.
     """
     torch.set_num_threads(1)
     number = getattr(args, "images", None) or (128 if args.quick else 512)
@@ -81,7 +81,7 @@ def data_table(args: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as temporary:
         path = getattr(args, "data_path", None)
         if not path:
-            make_photographs(Path(temporary), min(number, 256))
+            make_photographs(Path(temporary), min(number, 256), tuple(getattr(args, "size", None) or SIZE))
             path = temporary
         recipe = options.get_args_parser().parse_args(["--data-set", "FOLDER", "--data-path", str(path)])
         # The order is shuffled and repeated augmentation is off: nothing gains from reading an image twice in a row.
@@ -186,6 +186,7 @@ def main() -> None:
     """Measures alone, without the other tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", help="tree with train/ and val/; left out: photographs are made")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("W", "H"), help="of these, in pixels; default 500 375")
     parser.add_argument("--images", type=int, help="a round; default 512 (--quick: 128)")
     parser.add_argument("--rounds", type=int, help="default 9 (--quick: 3)")
     parser.add_argument("-b", "--batch-size", type=int, default=64)

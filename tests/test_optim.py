@@ -55,3 +55,16 @@ def test_the_plan_is_described_with_its_turning_points() -> None:
     plan = optim.lr_plan(args, 1e-3)
     text = optim.describe_plan(args, 1e-3, plan, 2)
     assert "base 0.001" in text and f"9: {plan[9]:.4g}" in text
+
+
+@pytest.mark.parametrize(
+    "name, fused", [("adamw", True), ("sgd", True), ("lookahead_adamw", True), ("nadamw", None), ("lamb", None)]
+)
+def test_kinds_that_have_a_fused_kernel_use_it(name: str, fused: bool | None) -> None:
+    model = timm.create_model("attnscale_tiny_12", img_size=32, patch_size=8, embed_dim=12, depth=1, num_heads=3)
+    args = get_args_parser().parse_args(["--opt", name])
+    optimizer = optim.build_optimizer(args, model, 1e-3)
+    assert all(group.get("fused") == fused for group in optimizer.param_groups)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()

@@ -1,0 +1,65 @@
+"""The data and step benchmarks run and report what they should; no test holds a time."""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from scripts import benchmark_data, benchmark_step
+from utils import World
+
+
+def test_photographs_are_different_jpeg_files_of_the_size_asked_for(tmp_path: Path) -> None:
+    benchmark_data.make_photographs(tmp_path, 6)
+    files = sorted(tmp_path.glob("train/*/*.jpg"))
+    assert len({file.read_bytes() for file in files}) == 6
+    assert all(Image.open(file).size == benchmark_data.SIZE for file in files)
+    assert 50_000 < sum(file.stat().st_size for file in files) / 6 < 150_000
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads the workers' processor time from Linux's /proc")
+def test_the_data_table_compares_both_loaders_and_names_their_stages(capsys: pytest.CaptureFixture) -> None:
+    rows = benchmark_data.data_table(Namespace(quick=True, images=24, rounds=2, batch_size=8))
+    loaders = {row["loader"]: row for row in rows if "ratio" in row}
+    assert list(loaders) == ["plain", "fast"] and loaders["plain"]["ratio"] == 1
+    assert all(row["images_per_core_s"] > 0 for row in loaders.values())
+    stages = {(row["loader"], row["stage"]) for row in rows if "stage" in row}
+    assert {("plain", "RandomErasing"), ("fast", "RandomResizedCropOfFile"), ("fast", "collate")} <= stages
+    assert "| fast |" in capsys.readouterr().out
+
+
+def test_the_parts_of_a_step_add_up_to_it() -> None:
+    tiny = ["embed_dim=32", "depth=2", "num_heads=2", "patch_size=8"]
+    flags = ["--model", "attnscale_small_12", "--batch-size", "4", "--input-size", "32", "--model-kwargs", *tiny]
+    cpu = torch.device("cpu")
+    trainer, batches = benchmark_step.build_step(World(0, 0, 1, cpu), *flags)
+    timeline = benchmark_step.Timeline(cpu)
+    timeline.watch(trainer)
+    trainer.ema.timeline = timeline
+    seconds = benchmark_step.run_steps(trainer, batches, 3, after_step=lambda done: timeline.stamp("rest"))
+    assert set(timeline.seconds) == {
+        "copy to the device",
+        "normalisation, erasing",
+        "mixup",
+        "forward",
+        "loss",
+        "backward",
+        "optimizer",
+        "scaler, zero_grad",
+        "moving average",
+        "rest",
+    }
+    assert sum(timeline.seconds.values()) >= 0.5 * seconds
+
+
+def test_the_step_table_ends_with_the_share_that_is_not_the_models(capsys: pytest.CaptureFixture) -> None:
+    settings = dict(quick=True, device="cpu", model="attnscale_tiny_12", batch_size=2, steps=1)
+    rows = benchmark_step.step_table(Namespace(**settings))
+    *parts, rest = rows
+    assert rest["part"] == "all but forward and backward"
+    others = sum(row["share"] for row in parts if row["part"] not in benchmark_step.FORWARD_BACKWARD)
+    assert rest["share"] == pytest.approx(others)
+    assert "all but forward and backward" in capsys.readouterr().out
