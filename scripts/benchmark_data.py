@@ -73,7 +73,8 @@ def data_table(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the loaders' table and of what they spend their time on.
 
     Args:
-        args: Reads ``quick``; where present also ``data_path``, ``size``, ``images`` (a round), ``rounds``, ``batch_size``.
+        args: Reads ``quick``; where present also ``data_path``, ``size``, ``images`` (a round), ``rounds`` and
+            ``batch_size``.
     """
     torch.set_num_threads(1)
     number = getattr(args, "images", None) or (128 if args.quick else 512)
