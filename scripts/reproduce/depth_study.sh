@@ -4,7 +4,8 @@
 #
 # Expected: three runs with one seed each, judged on 360 images, of which one is 0.3%: a point of accuracy more or less
 # means nothing here. The figure says what the remedies do to the features of these three models, layer by layer.
-# Length: about 20 minutes on 2 quiet CPU cores (3 models x 100 epochs of 3 to 4 s), then half a minute of analysis.
+# Measured once: plain 98.3%, AttnScale 98.1%, FeatScale 98.6%.
+# Length: 46 minutes of processor time, so about 23 minutes on 2 quiet CPU cores (37 measured on two busy ones).
 #
 #   bash scripts/reproduce/depth_study.sh
 #
