@@ -2,10 +2,11 @@
 
 CaiT mixes its attention maps over the heads before and after the softmax (arXiv 2003.02436). timm does it by moving the
 heads to the last axis of [B, H, N, N] and back, twice, and keeps the maps before and after for backward. Here a mixing
-is one small matrix on [B, H, N * N], and the maps live in a scratch buffer, a few images at a time: forward keeps only
-its input, backward makes the maps again.
+is one small matrix on [B, H, N * N], and the maps live in a scratch buffer, a few images or some rows of one at a time:
+forward keeps only its input, backward makes the maps again.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -14,9 +15,9 @@ from timm.models.cait import TalkingHeadAttn
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Size of one scratch buffer, though at least one image. On a CPU the four of backward should stay in the cache;
+# Size of one scratch buffer. On a CPU the four of backward should stay in the cache (of 32 MB where it was measured);
 # elsewhere a chunk only has to be large enough that launching its kernels does not count (a guess, not measured).
-CPU_CHUNK_BYTES = 2**20
+CPU_CHUNK_BYTES = 2 * 2**20
 CHUNK_BYTES = 256 * 2**20
 
 
@@ -60,8 +61,7 @@ class FusedTalkingHeadAttn(TalkingHeadAttn):
             if self.fused_attn and runs_eagerly(x) and not (self.training and self.attn_drop.p > 0):
                 weight, bias = self.second_mixing(N)
                 mixings = self.proj_l.weight, self.proj_l.bias, weight, bias
-                y = TalkingHeads.apply(qkv, self.scale, *(p.to(qkv.dtype) for p in mixings))
-                return y.transpose(1, 2).reshape(B, N, C)
+                return TalkingHeads.apply(qkv, self.scale, *(p.to(qkv.dtype) for p in mixings)).flatten(2)
         q, k, v = qkv.unbind(0)
         attn = mix_heads(q * self.scale @ k.transpose(-2, -1), self.proj_l.weight, self.proj_l.bias).softmax(dim=-1)
         attn = self.remedy(mix_heads(attn, self.proj_w.weight, self.proj_w.bias))
@@ -77,7 +77,7 @@ class FusedTalkingHeadAttn(TalkingHeadAttn):
 
 
 class TalkingHeads(torch.autograd.Function):
-    """``y = (W_w softmax(W_l S) + b_w) V`` with ``S = scale Q K^T``, a chunk of images at a time.
+    """``y = (W_w softmax(W_l S) + b_w) V`` with ``S = scale Q K^T``, a chunk of images or of an image's rows at a time.
 
     Its arguments are qkv (3, B, num_heads, N, head_dim), scale, W_l, b_l, W_w, b_w, tensors of one dtype. ``b_l``
     cancels in the softmax; it is an argument so that it gets its gradient, zero: DDP waits for one of every parameter.
@@ -85,18 +85,18 @@ class TalkingHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv: Tensor, scale: float, w_l: Tensor, b_l: Tensor, w_w: Tensor, b_w: Tensor) -> Tensor:
-        """-> (B, num_heads, N, head_dim)."""
+        """-> (B, N, num_heads, head_dim)."""
         ctx.scale = scale
         ctx.save_for_backward(qkv, w_l, b_l, w_w, b_w)
-        y = torch.empty_like(qkv[0])
-        for images, buffers in _chunks(qkv, num_buffers=2):
-            q, k, v = qkv[:, images]
-            scores, attn = buffers
-            torch.matmul(q * scale, k.mT, out=scores)
+        y = torch.empty_like(qkv[0].transpose(1, 2), memory_format=torch.contiguous_format)
+        w_l = w_l * scale
+        for images, rows, (scores, attn) in _chunks(qkv, num_buffers=2):
+            q, (k, v) = qkv[0, images, :, rows], qkv[1:, images]
+            torch.matmul(q, k.mT, out=scores)
             _mix(w_l, scores, out=attn)
             torch.softmax(attn, dim=-1, out=scores)
             _mix(w_w, scores, out=attn).add_(b_w[:, None, None])
-            y[images] = attn @ v
+            y[images, rows] = (attn @ v).transpose(1, 2)
         return y
 
     @staticmethod
@@ -104,40 +104,56 @@ class TalkingHeads(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of qkv and of the two mixings."""
         qkv, w_l, b_l, w_w, b_w = ctx.saved_tensors
+        dy = dy.transpose(1, 2)
         dqkv = torch.empty_like(qkv)
         sum_dtype = torch.promote_types(qkv.dtype, torch.float32)
         dw_l, dw_w, db_w = (torch.zeros_like(p, dtype=sum_dtype) for p in (w_l, w_w, b_w))
-        for images, buffers in _chunks(qkv, num_buffers=4):
-            q, k, v = qkv[:, images]
-            dq, dk, dv = dqkv[:, images]
-            scores, attn, mixed, grad = buffers
-            q = q * ctx.scale
+        w_l = w_l * ctx.scale
+        for images, rows, (scores, attn, mixed, grad) in _chunks(qkv, num_buffers=4):
+            q, (k, v) = qkv[0, images, :, rows], qkv[1:, images]
+            dq, (dk, dv) = dqkv[0, images, :, rows], dqkv[1:, images]
             torch.matmul(q, k.mT, out=scores)
             _mix(w_l, scores, out=mixed)
             torch.softmax(mixed, dim=-1, out=attn)
             _mix(w_w, attn, out=mixed).add_(b_w[:, None, None])
-            dv.copy_(mixed.mT @ dy[images])
+            _collect(dv, mixed.mT @ dy[images, :, rows], rows)
 
-            torch.matmul(dy[images], v.mT, out=grad)
+            torch.matmul(dy[images, :, rows], v.mT, out=grad)
             db_w += grad.sum(dim=(0, 2, 3))
             dw_w += _mix_gradient(grad, attn)
             _mix(w_w.T, grad, out=mixed)
             torch.ops.aten._softmax_backward_data(mixed, attn, -1, attn.dtype, grad_input=grad)
             dw_l += _mix_gradient(grad, scores)
             _mix(w_l.T, grad, out=mixed)
-            dq.copy_(mixed @ k).mul_(ctx.scale)
-            dk.copy_(mixed.mT @ q)
-        return dqkv, None, dw_l.to(w_l.dtype), torch.zeros_like(b_l), dw_w.to(w_w.dtype), db_w.to(b_w.dtype)
+            dq.copy_(mixed @ k)
+            _collect(dk, mixed.mT @ q, rows)
+        return (
+            dqkv,
+            None,
+            (dw_l * ctx.scale).to(w_l.dtype),
+            torch.zeros_like(b_l),
+            dw_w.to(w_w.dtype),
+            db_w.to(b_w.dtype),
+        )
 
 
-def _chunks(qkv: Tensor, num_buffers: int) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the batch and, for each, buffers (num_buffers, images, num_heads, N, N) to work in."""
+def _chunks(qkv: Tensor, num_buffers: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Slices of the batch and of the queries and, for each, buffers (num_buffers, images, num_heads, rows, N)."""
     _, B, H, N, _ = qkv.shape
     limit = CPU_CHUNK_BYTES if qkv.device.type == "cpu" else CHUNK_BYTES
-    size = min(B, max(1, limit // (H * N * N * qkv.element_size())))
-    buffers = qkv.new_empty(num_buffers, size, H, N, N)
-    for start in range(0, B, size):
-        yield slice(start, start + size), buffers[:, : min(size, B - start)]
+    row_bytes = H * N * qkv.element_size()
+    images = min(B, max(1, limit // (N * row_bytes)))
+    parts = math.ceil(N * row_bytes / limit)  # of one image, about equally large
+    rows = math.ceil(N / parts)
+    scratch = qkv.new_empty(num_buffers, images * H * rows * N)
+    for image in range(0, B, images):
+        for row in range(0, N, rows):
+            shape = min(images, B - image), H, min(rows, N - row), N
+            yield (
+                slice(image, image + images),
+                slice(row, row + rows),
+                scratch[:, : math.prod(shape)].view(num_buffers, *shape),
+            )
 
 
 def _mix(weight: Tensor, maps: Tensor, out: Tensor) -> Tensor:
@@ -147,6 +163,11 @@ def _mix(weight: Tensor, maps: Tensor, out: Tensor) -> Tensor:
 
 def _mix_gradient(grad: Tensor, maps: Tensor) -> Tensor:
     return (grad.flatten(2) @ maps.flatten(2).mT).sum(dim=0)
+
+
+def _collect(total: Tensor, part: Tensor, rows: slice) -> None:
+    """Adds what a chunk of queries gives to the gradient of keys or values; the first one starts the sum."""
+    total.copy_(part) if rows.start == 0 else total.add_(part)
 
 
 def runs_eagerly(x: Tensor) -> bool:

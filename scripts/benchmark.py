@@ -1,7 +1,8 @@
-"""What the remedies cost, as ratios to the plain model; and the speed of any one model.
+"""What the remedies cost, as ratios to the plain model; where a step's time goes; the data path; any one model's speed.
 
     python scripts/benchmark.py                      # the tables of docs/performance.md
     python scripts/benchmark.py --quick              # the same with small batches and few rounds: under two minutes
+    python scripts/benchmark.py --only step,data     # scripts/benchmark_step.py and benchmark_data.py have more flags
     python scripts/benchmark.py --compare deit_small_patch16_224 attnscale_small_12 --model-kwargs depth=48
     python scripts/benchmark.py --model attnscale_small_12 --batch-size 256 --device cuda --amp-dtype bfloat16
 
@@ -35,6 +36,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
+from scripts.benchmark_data import data_table
+from scripts.benchmark_step import scaling_table, step_table
 
 MIB = 2**20
 
@@ -69,13 +72,20 @@ def get_parser() -> argparse.ArgumentParser:
     tables = ",".join(TABLES)
     parser.add_argument("--only", default=tables, metavar="A,B", help=f"tables to make, of {tables}")
     parser.add_argument("--quick", action="store_true", help="two comparisons, batch 2, 3 rounds")
-    parser.add_argument("--compare", nargs="+", metavar="NAME", help="a plain model, then what to compare with it")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="NAME",
+        help="only the models table: a plain model, then what to compare with it",
+    )
     parser.add_argument("--model", metavar="NAME", help="no table: the speed, memory and MACs of this model")
     parser.add_argument("--bench", choices=("both", "infer", "train"), default="both", help="what of it")
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
-    parser.add_argument("-b", "--batch-size", type=int, help="default: 8 in tables (--quick: 2), 64 with --model")
+    parser.add_argument("-b", "--batch-size", type=int, help="default: 8 for models (--quick: 2), 64 with --model")
     parser.add_argument("--img-size", type=int, help="default: that of the model")
-    parser.add_argument("--rounds", type=int, help="measured rounds of a table; default 7 (--quick: 3)")
+    parser.add_argument(
+        "--rounds", type=int, help="measured rounds of a table; default 7, 5, 9 by table (--quick: fewer)"
+    )
     parser.add_argument("--num-warm-iter", type=int, default=3, help="with --model: steps before measuring")
     parser.add_argument("--num-bench-iter", type=int, default=10, help="with --model: steps measured")
     parser.add_argument("--no-retry", action="store_true", help="with --model: fail instead of halving the batch")
@@ -220,13 +230,13 @@ def compare(comparison: Comparison, args: argparse.Namespace) -> list[dict[str, 
         kwargs = {**(comparison.plain_kwargs if name == comparison.plain else {}), **args.model_kwargs}
         model = build(name, img_size, device, **kwargs)
         runners.append(Runner(model, batch_size, device, args.amp_dtype, args.torchcompile))
-    saved = [bytes_saved(runner.model, runner.loss) for runner in runners]
+    num_rounds = args.rounds or (3 if args.quick else 7)
     times = {
-        phase: take_turns(
-            [getattr(runner, phase) for runner in runners], args.rounds or (3 if args.quick else 7), device, args.clock
-        )
-        for phase in ("train", "infer")
+        # Evaluation first, as in a process that only evaluates: training changes how the C library gives memory back.
+        phase: take_turns([getattr(runner, phase) for runner in runners], num_rounds, device, args.clock)
+        for phase in ("infer", "train")
     }
+    saved = [bytes_saved(runner.model, runner.loss) for runner in runners]
     rows = []
     for i, name in enumerate(names):
         row = dict(
@@ -296,7 +306,13 @@ def plot_models(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 # A table is a function from the arguments to rows; `--only` takes these names.
-TABLES: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {"models": models_table}
+# Data come last: that table is of one thread and leaves torch so.
+TABLES: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+    "models": models_table,
+    "step": step_table,
+    "scaling": scaling_table,
+    "data": data_table,
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ one model
@@ -383,7 +399,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: If ``--only`` names a table that does not exist.
     """
-    wanted = args.only.split(",")
+    wanted = ["models"] if args.compare else args.only.split(",")
     if unknown := set(wanted) - set(TABLES):
         raise ValueError(f"--only {args.only}: no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
     results: dict[str, Any] = dict(

@@ -131,6 +131,14 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) ->
         benchmark.benchmark_model(args)
 
 
+@pytest.mark.slow
+def test_a_table_by_its_name_goes_into_the_results(tmp_path: Path) -> None:
+    argv = ["--only", "step", "--quick", "-b", "2", "--results-file", str(tmp_path / "results.json")]
+    results = benchmark.main(benchmark.get_parser().parse_args(argv))
+    assert {"command", "machine", "step"} == set(json.loads((tmp_path / "results.json").read_text()))
+    assert results["step"][-1]["part"] == "all but forward and backward" and results["step"][0]["batch_size"] == 2
+
+
 def test_unknown_table_is_refused() -> None:
-    with pytest.raises(ValueError, match="--only models,nope: no table nope; there are models"):
+    with pytest.raises(ValueError, match="--only models,nope: no table nope; there are models, step"):
         benchmark.main(benchmark.get_parser().parse_args(["--only", "models,nope"]))

@@ -197,12 +197,12 @@ def test_hooks_on_the_attention_and_its_projection_are_called() -> None:
 
 
 # ---- talking heads ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("images_at_a_time", [1, 2, 5])
+@pytest.mark.parametrize("images_at_a_time", [0.1, 0.4, 1, 2, 5])  # below one: so much of an image's rows
 @pytest.mark.parametrize("layer", [FusedTalkingHeadAttn, AttnScaleTalkingHeadAttn])
 def test_talking_heads_equal_the_definition(
-    layer: type[TalkingHeadAttn], images_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+    layer: type[TalkingHeadAttn], images_at_a_time: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(talking_heads, "CPU_CHUNK_BYTES", images_at_a_time * HEADS * TOKENS**2 * 8)
+    monkeypatch.setattr(talking_heads, "CPU_CHUNK_BYTES", int(images_at_a_time * HEADS * TOKENS**2 * 8))
     attn = randomise(layer(DIM, HEADS, qkv_bias=True).double())
     x = torch.randn(5, TOKENS, DIM, dtype=torch.float64)
     definition = values_and_gradients(lambda x: dense_talking_heads(attn, x), attn, x)
