@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, so it runs from any folder
 
-from checkpoints import CheckpointError, number_of_classes, read
+from checkpoints import CheckpointError, read
+from weights import number_of_classes
 
 
 def describe(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
