@@ -144,7 +144,7 @@ def _files(repository: str, revision: str | None, cache_dir: str | Path | None) 
 
 def _cached_files(repository: str, revision: str, cache_dir: str | Path | None) -> list[str]:
     try:
-        cache = scan_cache_dir(cache_dir)
+        cache = scan_cache_dir(cache_dir or constants.HF_HUB_CACHE)
     except CacheNotFound:
         return []
     return [

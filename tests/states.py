@@ -1,6 +1,7 @@
-"""Shared by the tests of checkpoints and weights: a small model and the state of a training run of it."""
+"""Shared by the tests of checkpoints and weights: a small model, the state of a training run of it, and bait."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,15 @@ def training_state(epoch: int = 0, step: int = 0) -> dict[str, Any]:
         max_accuracy={"acc1": 12.5},
         args=args,
     )
+
+
+class Hostile:
+    """Its unpickling would create a file."""
+
+    def __init__(self, marker: Path, function: Any = os.system) -> None:
+        self.marker, self.function = marker, function
+
+    def __reduce__(self) -> Any:
+        if self.function is eval:
+            return eval, (f"open({str(self.marker)!r}, 'w')",)
+        return os.system, (f"touch {self.marker}",)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from states import small_vit, training_state
+from states import Hostile, small_vit, training_state
 
 import checkpoints
 from checkpoints import CheckpointError
@@ -461,18 +461,6 @@ def test_a_foreign_zip_with_a_flipped_bit_or_cut_short_is_refused(good: bytes, t
 
 
 # ---- nothing in a file is executed ----
-
-
-class Hostile:
-    """Its unpickling would create a file."""
-
-    def __init__(self, marker: Path, function: Any = os.system) -> None:
-        self.marker, self.function = marker, function
-
-    def __reduce__(self) -> Any:
-        if self.function is eval:
-            return eval, (f"open({str(self.marker)!r}, 'w')",)
-        return os.system, (f"touch {self.marker}",)
 
 
 def hostile_contents(marker: Path) -> dict[str, Any]:
