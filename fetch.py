@@ -109,7 +109,9 @@ def _from_hub(address: str, cache_dir: str | Path | None) -> Path:
             raise
         except EntryNotFoundError as error:
             held = ", ".join(filter(_is_weights, _files(repository, revision, cache_dir))) or "none"
-            raise FetchError(f"{address}: no {file} in that repository; its weights are: {held}: name one") from error
+            raise FetchError(
+                f"{address}: no {file} in that repository; its weights: {held}: name one of them"
+            ) from error
     _check_digest(address, path)
     return path
 

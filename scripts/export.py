@@ -65,7 +65,7 @@ def export(source: str, output: Path, ema: bool) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="path or URL of the checkpoint (anything --resume reads)")
+    parser.add_argument("--checkpoint", required=True, help="the checkpoint: a path, a URL or hf-hub:owner/name[/file]")
     parser.add_argument("--output", required=True, type=Path, help="path of the .safetensors file to write")
     parser.add_argument("--ema", action="store_true", help="export the EMA's weights instead of the model's")
     args = parser.parse_args(arguments)

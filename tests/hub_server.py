@@ -27,7 +27,7 @@ class LocalHub:
     Attributes:
         repositories: Repository -> file name -> content; one revision each, ``main``.
         requests: Lines such as ``GET /owner/name/resolve/main/model.safetensors``, in their order.
-        created: Bodies of the requests that created repositories.
+        private: Repositories that were created so.
         blobs: SHA-256 -> content that was uploaded and not yet committed.
         corrupt: SHA-256 of files that are sent with a flipped bit.
     """
@@ -35,7 +35,7 @@ class LocalHub:
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.requests: list[str] = []
-        self.created: list[dict] = []
+        self.private: set[str] = set()
         self.blobs: dict[str, bytes] = {}
         self.corrupt: set[str] = set()
         self.address = ""
@@ -109,7 +109,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def about(self, repository: str, revision: str | None) -> None:
         if self.known(repository, revision):
             siblings = [{"rfilename": name} for name in self.hub.repositories[repository]]
-            about = {"id": repository, "modelId": repository, "private": False, "downloads": 0, "tags": []}
+            about = {
+                "id": repository,
+                "modelId": repository,
+                "private": repository in self.hub.private,
+                "downloads": 0,
+                "tags": [],
+            }
             self.reply(200, about | {"sha": self.hub.commit(repository), "siblings": siblings})
 
     def do_POST(self) -> None:
@@ -147,8 +153,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def create(self, body: dict) -> None:
         repository = f"{body['organization']}/{body['name']}"
-        self.hub.created.append(body)
         status = 409 if repository in self.hub.repositories else 200
+        if status == 200 and (body.get("private") or body.get("visibility") == "private"):
+            self.hub.private.add(repository)
         self.hub.repositories.setdefault(repository, {})
         self.reply(status, {"url": f"{self.hub.address}/{repository}", "name": repository})
 

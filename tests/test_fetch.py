@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from hub_server import LocalHub, serving, use
 from huggingface_hub import constants
-from runs import free_port
+from runs import TINY, call_main, free_port, tiny_tree
 from safetensors.torch import save
 from states import Hostile
 
@@ -160,7 +161,7 @@ def test_without_a_file_name_the_usual_or_only_file_is_taken(
         ("hf-hub:ann/none/x.pth", "knows no such repository"),
         ("hf-hub:ann/plain@v2", "no such revision: give a branch"),
         ("hf-hub:ann/plain@refs/pr/7/x.pth", "no such revision"),
-        ("hf-hub:ann/plain/x.pth", r"no x\.pth in that repository; its weights are: model\.safetensors: name one"),
+        ("hf-hub:ann/plain/x.pth", r"no x\.pth in that repository; its weights: model\.safetensors: name one"),
         ("hf-hub:ann", r"is no address on the Hub: write hf-hub:owner/name\[@revision\]\[/file\]"),
         ("hf-hub:ann/plain/", "is no address on the Hub"),
         ("hf-hub:an n/plain", "failed .*check the network and the address"),
@@ -208,6 +209,25 @@ def test_published_files_are_read_as_strictly_as_any_other(hub: LocalHub, tmp_pa
     with pytest.raises(CheckpointError, match=r"short\.pth: cannot be read as a checkpoint, truncated or damaged"):
         checkpoints.read("hf-hub:ann/x/short.pth")
     assert fetch.local_file("hf-hub:ann/x/short.pth").exists()  # what was published stays in the shared cache
+
+
+def test_a_run_takes_an_address_where_it_takes_a_file(hub: LocalHub, tmp_path: Path) -> None:
+    size = dict(embed_dim=32, depth=2, num_heads=2, patch_size=8, img_size=32)
+    hub.add(
+        "ann/run",
+        "best.pth",
+        torch_file(timm.create_model("attnscale_small_12", num_classes=3, **size).state_dict(), tmp_path),
+    )
+    data = tiny_tree(tmp_path / "data", train=4, val=4)
+    for flag in ("--resume", "--finetune"):
+        done = call_main(*TINY, "--data-path", data, "--eval", flag, "hf-hub:ann/run")
+        assert "hf-hub:ann/run: taking its best.pth" in done.stdout and "HTTP Request" not in done.stdout
+        assert "loaded 34 of 34 tensors from hf-hub:ann/run" in done.stdout and "Accuracy of the network" in done.stdout
+    done = call_main(*TINY, "--data-path", data, "--eval", "--resume", "hf-hub:ann/none", code=2)
+    assert (
+        done.stderr.startswith("error: hf-hub:ann/none: the Hub knows no such repository")
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_another_cache_folder_is_used_where_one_is_named(hub: LocalHub, tmp_path: Path) -> None:

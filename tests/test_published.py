@@ -155,7 +155,7 @@ def test_a_model_without_published_weights_says_which_have_some(hub: LocalHub) -
 def test_a_file_that_is_not_there_is_answered_with_those_that_are(hub: LocalHub) -> None:
     files = hub.repositories[published.REPOSITORY]
     files["renamed.pth"] = files.pop(published.FILES[ATTNSCALE])
-    with pytest.raises(CheckpointError, match=r"no attnscale_small_12\.pth in that .* its weights are: .*renamed\.pth"):
+    with pytest.raises(CheckpointError, match=r"no attnscale_small_12\.pth in that .* its weights: .*renamed\.pth"):
         timm.create_model(ATTNSCALE, pretrained=True, **SIZE)
     overlay = {"hf_hub_filename": "renamed.pth"}
     model = timm.create_model(ATTNSCALE, pretrained=True, pretrained_cfg_overlay=overlay, **SIZE)
