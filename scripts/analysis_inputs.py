@@ -48,7 +48,9 @@ class Subject:
     @property
     def weights(self) -> str:
         """Where the weights come from, in words."""
-        return self.spec.resume or (f"timm, {self.data_config['tag']}" if self.spec.pretrained else RANDOM_WEIGHTS)
+        return self.spec.resume or (
+            f"pretrained, {self.data_config['tag']}" if self.spec.pretrained else RANDOM_WEIGHTS
+        )
 
 
 def build_subject(spec: ModelSpec, label: str, args: argparse.Namespace, device: torch.device) -> Subject:
@@ -74,7 +76,7 @@ def build_subject(spec: ModelSpec, label: str, args: argparse.Namespace, device:
         weights.load_weights(model, checkpoint["model"], source=spec.resume)
     layers = probe.find_layers(model)
     data_config = resolve_data_config({}, model=model, verbose=False)
-    data_config["tag"] = model.pretrained_cfg.get("tag") or "default weights"
+    data_config["tag"] = model.pretrained_cfg.get("tag") or model.pretrained_cfg.get("hf_hub_id") or "default weights"
     size = kwargs.get("img_size") or input_size or data_config["input_size"][-1]
     return Subject(spec, label, model.to(device).eval(), data_config, size, layers)
 

@@ -394,6 +394,7 @@ def test_other_files_are_refused_by_their_kind(content: bytes, message: str, tmp
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"x\.pth: .*{message}"):
         checkpoints.read(str(path))
+    assert path.read_bytes() == content  # a download would be removed, a file of the user's never
 
 
 @pytest.mark.parametrize(

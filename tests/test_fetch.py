@@ -199,7 +199,9 @@ def test_a_damaged_copy_is_noticed_removed_and_downloaded_again(where: str, hub:
     torch.testing.assert_close(checkpoints.read("hf-hub:ann/plain")["model"], WEIGHTS)
 
 
-def test_published_files_are_read_as_strictly_as_any_other(hub: LocalHub, tmp_path: Path) -> None:
+def test_published_files_are_read_as_strictly_as_any_other(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     marker = tmp_path / "executed"
     hub.add("ann/x", "hostile.pth", torch_file({"model": WEIGHTS, "args": Hostile(marker)}, tmp_path))
     with pytest.raises(CheckpointError, match="hostile.pth: refused, it asks for the Python object"):
@@ -208,6 +210,7 @@ def test_published_files_are_read_as_strictly_as_any_other(hub: LocalHub, tmp_pa
     hub.add("ann/x", "short.pth", torch_file({"model": WEIGHTS}, tmp_path)[:-50])
     with pytest.raises(CheckpointError, match=r"short\.pth: cannot be read as a checkpoint, truncated or damaged"):
         checkpoints.read("hf-hub:ann/x/short.pth")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fetch.local_file("hf-hub:ann/x/short.pth").exists()  # what was published stays in the shared cache
 
 
