@@ -23,6 +23,7 @@ import models
 import optim
 import samplers
 import utils
+import weights
 from options import ArgumentError, mixup_active
 from utils import World
 
@@ -64,7 +65,7 @@ def num_classes(args: argparse.Namespace, start: Start) -> int:
     if args.num_classes is not None:
         return args.num_classes
     resumed = start.checkpoint is not None and not args.finetune
-    of_head = checkpoints.number_of_classes(start.checkpoint["model"]) if resumed else None
+    of_head = weights.number_of_classes(start.checkpoint["model"]) if resumed else None
     if args.throughput:
         return of_head or 1000
     counted = datasets.count_classes(args, is_train=not args.eval)
@@ -135,14 +136,14 @@ def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: 
         start.epoch = args.start_epoch
         return
     finetune = bool(args.finetune) and start.source == args.finetune
-    missing = checkpoints.load_weights(
+    missing = weights.load_weights(
         model,
         start.checkpoint["model"],
         source=start.source,
         finetune=finetune,
         may_be_missing=models.is_remedy_parameter,
     )
-    start.full = not finetune and checkpoints.can_resume(start.checkpoint, missing)
+    start.full = not finetune and weights.can_resume(start.checkpoint, missing)
     if not start.full:
         start.epoch = args.start_epoch
         if not args.eval:
@@ -177,7 +178,7 @@ def build_ema(args: argparse.Namespace, start: Start, model: nn.Module) -> Model
     device = torch.device("cpu") if args.model_ema_force_cpu else None
     ema = ModelEmaV3(model, decay=args.model_ema_decay, device=device)
     if saved is not None and (start.full or args.eval):
-        checkpoints.load_weights(ema.module, saved, source=f"{start.source} (moving average)")
+        weights.load_weights(ema.module, saved, source=f"{start.source} (moving average)")
     return ema
 
 
@@ -197,7 +198,7 @@ def build_trainer(
         raise ArgumentError(f"--opt {args.opt} (or --opt-eps, --opt-betas, --momentum): {error}") from error
     scaler = torch.amp.GradScaler(world.device.type, enabled=amp_dtype == torch.float16)
     if start.full:
-        checkpoints.load_optimizer(optimizer, start.checkpoint["optimizer"])
+        weights.load_optimizer(optimizer, start.checkpoint["optimizer"])
         if start.checkpoint.get("scaler"):
             scaler.load_state_dict(start.checkpoint["scaler"])
     mixup = (
@@ -258,7 +259,7 @@ def build_teacher(args: argparse.Namespace, classes: int, device: torch.device) 
     if args.distillation_type == "none":
         return None
     teacher = timm.create_model(args.teacher_model, num_classes=classes)
-    checkpoints.load_weights(teacher, checkpoints.read(args.teacher_path)["model"], source=args.teacher_path)
+    weights.load_weights(teacher, checkpoints.read(args.teacher_path)["model"], source=args.teacher_path)
     return teacher.to(device).eval().requires_grad_(False)
 
 

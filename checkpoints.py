@@ -9,25 +9,22 @@ import argparse
 import contextlib
 import errno
 import hashlib
-import http.client
 import json
 import logging
-import math
 import os
 import re
 import secrets
 import shutil
-import sys
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlparse
 
 import safetensors.torch
 import torch
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+
+import fetch
 
 logger = logging.getLogger(__name__)
 
@@ -265,7 +262,7 @@ def _numbered(folder: Path) -> list[Path]:
 # ---- read ----
 
 
-def read(source: str | Path) -> dict[str, Any]:
+def read(source: str | Path, cache_dir: str | Path | None = None) -> dict[str, Any]:
     """Reads any checkpoint file, weights-only: nothing in it is executed.
 
     Accepted are ``torch.save`` files (zip or the older format) and safetensors, told apart by content, holding a bare
@@ -274,7 +271,8 @@ def read(source: str | Path) -> dict[str, Any]:
     are checked by their records' CRC. Bits flipped in the tensors of the two remaining formats cannot be noticed.
 
     Args:
-        source: A path, or an http(s) URL; a download stays in ``torch.hub.get_dir()`` and is not looked up again.
+        source: A path, an http(s) URL or ``hf-hub:owner/name[@revision][/file]``; see `fetch.local_file`.
+        cache_dir: Of files from the Hub; None: the Hub's own.
 
     Returns:
         All entries of the file; ``model`` (and ``model_ema``, if there) is a state dict without wrapper prefixes,
@@ -283,13 +281,14 @@ def read(source: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: Nothing there, damaged, another kind of file, refused, or without a state dict.
     """
-    if not str(source).startswith(("http://", "https://")):
-        return _read_file(Path(source).expanduser(), str(source))
-    path = _download(str(source))
+    try:
+        path = fetch.local_file(source, cache_dir)
+    except fetch.FetchError as error:
+        raise CheckpointError(str(error)) from error
     try:
         return _read_file(path, str(source))
     except CheckpointError:
-        path.unlink(missing_ok=True)  # else a broken download would be found again by every later run
+        fetch.forget(source, path)
         raise
 
 
@@ -320,25 +319,6 @@ def latest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
             f"(such as its {BEST}) and another --output_dir, or remove them to start from scratch"
         )
     return None
-
-
-def _download(url: str) -> Path:
-    name = Path(urlparse(url).path).name or "checkpoint"
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    hash_prefix = re.search(r"-([a-f0-9]{8,})\.", name)  # the field's naming: deit_small_patch16_224-cd65a155.pth
-    if hash_prefix is None:  # many checkpoints are called checkpoint.pth
-        folder = folder / hashlib.sha256(url.encode()).hexdigest()[:16]
-    path = folder / name
-    if path.exists():
-        return path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        prefix = hash_prefix and hash_prefix.group(1)
-        torch.hub.download_url_to_file(url, str(path), prefix, progress=sys.stderr.isatty())
-    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
-        way_out = "check the address, or download it by other means and pass the file"
-        raise CheckpointError(f"{url}: the download failed ({_first_line(error)}): {way_out}") from error
-    return path
 
 
 def _read_file(path: Path, source: str, own: bool = False) -> dict[str, Any]:
@@ -435,149 +415,3 @@ def _first_line(error: Exception) -> str:
     """An error in one line, without torch's advice to load unsafely."""
     text = str(error).rpartition("WeightsUnpickler error: ")[2].split(" In PyTorch 2.6")[0].strip()
     return f"{type(error).__name__}: {text[:200].splitlines()[0]}" if text else type(error).__name__
-
-
-# ---- use ----
-
-
-def load_weights(
-    model: nn.Module,
-    state_dict: Mapping[str, Tensor],
-    *,
-    source: str,
-    may_be_missing: Callable[[str], bool] = lambda name: False,
-    finetune: bool = False,
-) -> list[str]:
-    """Loads weights and accounts for every name: strictly, but for the exceptions named here, in one log line.
-
-    Args:
-        model: The bare model; unchanged if this raises.
-        state_dict: ``read(...)["model"]``.
-        source: Where it came from, for messages.
-        may_be_missing: Says of a parameter's name whether it may keep its initial value (the remedies' ``lamb*``).
-        finetune: As DeiT's fine-tuning does, leave out a classifier with another number of classes, interpolate
-            ``pos_embed`` to the model's grid, and leave out the distillation token and head if the model has none.
-
-    Returns:
-        Names that kept their initial values.
-
-    Raises:
-        CheckpointError: With the names that are missing, unexpected or of another shape.
-    """
-    wanted = model.state_dict()
-    given, fresh, notes = _adapt(model, wanted, state_dict) if finetune else (dict(state_dict), set(), [])
-    problems = _problems(wanted, given, fresh, may_be_missing)
-    if problems:
-        way_out = "is it the checkpoint of another --model, or do --model-kwargs differ?"
-        if not finetune:
-            adapted, fresh, _ = _adapt(model, wanted, state_dict)
-            if not _problems(wanted, adapted, fresh, may_be_missing):
-                way_out = "only the classifier, the image size or distillation differ: pass the file with --finetune"
-        raise CheckpointError(f"{source}: does not fit the model; {'; '.join(problems)}: {way_out}")
-    missing = [name for name in wanted if name not in given]
-    model.load_state_dict({**wanted, **given}, strict=True)
-    if missing:
-        notes.append(f"left at initial value: {_summary(missing)}")
-    logger.info("%s", "; ".join([f"loaded {len(given)} of {len(wanted)} tensors from {source}", *notes]))
-    return missing
-
-
-def _problems(
-    wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], fresh: set[str], may_be_missing: Callable[[str], bool]
-) -> list[str]:
-    found = {
-        "missing": [n for n in wanted if n not in given and n not in fresh and not may_be_missing(n)],
-        "unexpected": [name for name in given if name not in wanted],
-        "of another shape": [
-            f"{name} {tuple(given[name].shape)} in the file, {tuple(tensor.shape)} in the model"
-            for name, tensor in wanted.items()
-            if name in given and given[name].shape != tensor.shape
-        ],
-    }
-    return [
-        f"{len(names)} {kind}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
-        for kind, names in found.items()
-        if names
-    ]
-
-
-def _adapt(
-    model: nn.Module, wanted: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], set[str], list[str]]:
-    """Fits a state dict to a model with other classes, another grid or no distillation token.
-
-    Returns:
-        The new state dict, the classifier names that stay at their initial values, and a note on each change.
-    """
-    given, fresh, notes = dict(state_dict), set(), []
-    # How many of pos_embed's entries belong to cls/dist tokens: 0 in CaiT, whose class token has none.
-    prefix = wanted["pos_embed"].shape[1] - model.patch_embed.num_patches if "pos_embed" in wanted else 0
-    if "dist_token" in given and "dist_token" not in wanted:
-        given = {n: t for n, t in given.items() if n != "dist_token" and not n.startswith("head_dist.")}
-        notes.append("dropped dist_token and head_dist (a distilled checkpoint, a plain model)")
-        if prefix and "pos_embed" in given:  # the entry after the class token's is the distillation token's
-            given["pos_embed"] = torch.cat([given["pos_embed"][:, :prefix], given["pos_embed"][:, prefix + 1 :]], dim=1)
-
-    classifier = model.get_classifier()
-    heads = classifier if isinstance(classifier, tuple) else (classifier,)
-    for head in [name for name, module in model.named_modules() if any(module is head for head in heads)]:
-        weight = f"{head}.weight"
-        in_model = len(wanted[weight]) if weight in wanted else 0
-        if weight in given and len(given[weight]) != in_model:
-            notes.append(f"dropped {head} ({len(given[weight])} classes in the file, {in_model} in the model)")
-            given = {name: tensor for name, tensor in given.items() if not name.startswith(f"{head}.")}
-            fresh |= {name for name in wanted if name.startswith(f"{head}.")}
-
-    if "pos_embed" in wanted and "pos_embed" in given and given["pos_embed"].dim() == 3:
-        grid, tokens = tuple(model.patch_embed.grid_size), given["pos_embed"].shape[1] - prefix
-        side = math.isqrt(max(tokens, 0))
-        if tokens != grid[0] * grid[1] and tokens == side * side > 0:
-            given["pos_embed"] = resample_abs_pos_embed(
-                given["pos_embed"], list(grid), [side, side], prefix, interpolation="bicubic", antialias=False
-            )  # DeiT's main.py; antialias is timm's default, not DeiT's
-            notes.append(f"interpolated pos_embed from {side}x{side} to {grid[0]}x{grid[1]}")
-    return given, fresh, notes
-
-
-def _summary(names: list[str]) -> str:
-    """``blocks.*.attn.lamb (12)`` for the twelve names that differ in the number only."""
-    patterns = [re.sub(r"\.\d+\.", ".*.", name) for name in names]
-    return ", ".join(f"{pattern} ({patterns.count(pattern)})" for pattern in dict.fromkeys(patterns))
-
-
-def can_resume(checkpoint: Mapping[str, Any], missing: list[str]) -> bool:
-    """Whether training goes on from this checkpoint; otherwise it gives weights only and training starts at epoch 0.
-
-    Args:
-        checkpoint: From `read` or `latest`.
-        missing: What `load_weights` returned; new parameters make a run a fine-tune of the checkpoint.
-    """
-    return isinstance(checkpoint.get("optimizer"), dict) and isinstance(checkpoint.get("epoch"), int) and not missing
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Takes each parameter's moments and step count from ``checkpoint["optimizer"]``.
-
-    Hyper-parameters (lr, weight decay, betas) stay as the command line gave them to ``optimizer``.
-
-    Raises:
-        CheckpointError: The saved state is of other parameter groups or another kind of optimizer.
-    """
-    groups, old_groups = optimizer.state_dict()["param_groups"], saved.get("param_groups", [])
-    sizes, old_sizes = ([len(group["params"]) for group in some] for some in (groups, old_groups))
-    if sizes != old_sizes:
-        raise CheckpointError(
-            f"the checkpoint's optimizer has parameter groups of sizes {old_sizes}, this run's has {sizes}: "
-            "resume with the --model and the options it was saved with, or pass it with --finetune (weights only)"
-        )
-    kinds = [{key for key in ("betas", "momentum") if key in group} for group in (groups[0], old_groups[0])]
-    if kinds[0] != kinds[1]:
-        raise CheckpointError("the checkpoint's optimizer is of another --opt: resume with the one it was saved with")
-    new_groups = [{**group, "params": old["params"]} for group, old in zip(groups, old_groups, strict=True)]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": new_groups})
-
-
-def number_of_classes(state_dict: Mapping[str, Tensor]) -> int | None:
-    """Classes of a state dict's classifier (rows of ``head.weight``), None without one."""
-    weight = state_dict.get("head.weight")
-    return None if weight is None else len(weight)

@@ -206,7 +206,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--distillation-type", default="none", choices=["none", "soft", "hard"], type=str, help="none, soft or hard"
     )
     distill.add("--teacher-model", default="regnety_160", type=str, metavar="NAME", help="any model of timm")
-    distill.add("--teacher-path", type=str, default="", metavar="FILE", help="the teacher's weights: a file or a URL")
+    distill.add(
+        "--teacher-path", type=str, default="", metavar="FILE", help="the teacher's weights, as --resume reads them"
+    )
     distill.add("--distillation-alpha", default=0.5, type=float, metavar="A", help="weight of the distillation loss")
     distill.add("--distillation-tau", default=1.0, type=float, metavar="T", help="temperature of the soft loss")
 
@@ -296,7 +298,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--resume",
         default="",
         metavar="FILE",
-        help="a whole training state to continue, or weights to start from (.pth, .safetensors, a URL)",
+        help="a whole training state to continue, or weights to start from: a .pth or .safetensors file, its URL, or "
+        "hf-hub:owner/name[@revision][/file] on the Hugging Face Hub (docs/weights.md)",
     )
     files.add(
         "--finetune",

@@ -308,6 +308,8 @@ def setup_logging(rank: int) -> None:
         handler.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s: %(message)s"))
         handler.setLevel(logging.WARNING)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for client in ("httpx", "httpx2"):  # of the Hub's library, by its version: a line for each request
+        logging.getLogger(client).setLevel(logging.WARNING)
 
 
 class _PlainInfo(logging.Formatter):

@@ -15,6 +15,7 @@ from . import cait, deit
 from .attnscale import AttnScaleAttention, AttnScaleTalkingHeadAttn
 from .featscale import FeatScaleBlock, FeatScaleLayerScaleBlock
 from .folding import set_fused
+from .published import REMEDY_PARAMETERS, is_remedy_parameter
 
 __all__ = [
     "AttnScaleAttention",
@@ -28,13 +29,6 @@ __all__ = [
     "list_models",
     "set_fused",
 ]
-
-REMEDY_PARAMETERS = frozenset({"lamb", "lamb1", "lamb2"})
-
-
-def is_remedy_parameter(name: str) -> bool:
-    """Whether a parameter's full name (``blocks.3.attn.lamb``) is one that a remedy adds to its baseline."""
-    return name.rsplit(".", 1)[-1] in REMEDY_PARAMETERS
 
 
 def list_models() -> list[str]:

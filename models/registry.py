@@ -7,6 +7,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from . import published
 from .folding import set_fused
 
 # Name -> constructor arguments of the remedy, constructor arguments of the size, side of the images in pixels.
@@ -33,7 +34,10 @@ def data_configs(variants: Variants, crop_pct: float) -> dict:
         license="mit",
     )
     return generate_default_cfgs(
-        {name: common | {"input_size": (3, pixels, pixels)} for name, (_, _, pixels) in variants.items()}
+        {
+            name: common | {"input_size": (3, pixels, pixels)} | published.source(name)
+            for name, (_, _, pixels) in variants.items()
+        }
     )
 
 
@@ -59,15 +63,28 @@ def _entry_point(
     name: str, defaults: dict, model_class: type[nn.Module], checkpoint_filter_fn: Callable
 ) -> Callable[..., nn.Module]:
     def entry_point(pretrained: bool = False, fused: bool | None = None, **kwargs) -> nn.Module:
+        if pretrained:
+            asked = (kwargs.get(key) for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"))
+            kwargs["pretrained_cfg_overlay"] = published.overlay_with_weights(name, *asked)
         model = build_model_with_cfg(
             model_class,
             name,
             pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_filter_fn=published.strict(checkpoint_filter_fn),
             feature_cfg=dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter"),
             **{**defaults, **kwargs},
         )
+        published.forget_state_dict(model)
         return model if fused is None else set_fused(model, fused)
 
+    arguments = ", ".join(f"{key}={getattr(value, '__name__', value)}" for key, value in defaults.items())
     entry_point.__name__ = entry_point.__qualname__ = name  # timm registers a function under its __name__
+    entry_point.__doc__ = f"""{name}: timm's ``{model_class.__name__}`` with {arguments}.
+
+    Args:
+        pretrained: Load weights: {published.FILES.get(name, "none are published, name a source")}.
+        fused: False switches every fast path off; see ``models.set_fused``.
+        **kwargs: timm's (``num_classes``, ``in_chans``, ``img_size``, ``features_only``, ``pretrained_cfg_overlay``,
+            ``cache_dir``) and those of the model class.
+    """
     return entry_point

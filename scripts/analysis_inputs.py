@@ -17,6 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 import checkpoints
 import models  # noqa: F401  (registers the zoo with timm)
 import probe
+import weights
 from datasets import DataError, build_dataset, build_transform, load_image
 
 RANDOM_WEIGHTS = "as initialised"
@@ -47,7 +48,9 @@ class Subject:
     @property
     def weights(self) -> str:
         """Where the weights come from, in words."""
-        return self.spec.resume or (f"timm, {self.data_config['tag']}" if self.spec.pretrained else RANDOM_WEIGHTS)
+        return self.spec.resume or (
+            f"pretrained, {self.data_config['tag']}" if self.spec.pretrained else RANDOM_WEIGHTS
+        )
 
 
 def build_subject(spec: ModelSpec, label: str, args: argparse.Namespace, device: torch.device) -> Subject:
@@ -66,14 +69,14 @@ def build_subject(spec: ModelSpec, label: str, args: argparse.Namespace, device:
     if input_size and timm.get_pretrained_cfg(spec.name).fixed_input_size:
         kwargs.setdefault("img_size", input_size)
     if checkpoint:
-        kwargs.setdefault("num_classes", checkpoints.number_of_classes(checkpoint["model"]))
+        kwargs.setdefault("num_classes", weights.number_of_classes(checkpoint["model"]))
     torch.manual_seed(args.seed)
     model = timm.create_model(spec.name, pretrained=spec.pretrained, **kwargs)
     if checkpoint:
-        checkpoints.load_weights(model, checkpoint["model"], source=spec.resume)
+        weights.load_weights(model, checkpoint["model"], source=spec.resume)
     layers = probe.find_layers(model)
     data_config = resolve_data_config({}, model=model, verbose=False)
-    data_config["tag"] = model.pretrained_cfg.get("tag") or "default weights"
+    data_config["tag"] = model.pretrained_cfg.get("tag") or model.pretrained_cfg.get("hf_hub_id") or "default weights"
     size = kwargs.get("img_size") or input_size or data_config["input_size"][-1]
     return Subject(spec, label, model.to(device).eval(), data_config, size, layers)
 

@@ -79,10 +79,10 @@ def get_parser() -> argparse.ArgumentParser:
         action=_OfLastModel,
         default=argparse.SUPPRESS,
         metavar="FILE",
-        help="checkpoint, loaded strictly; ours also give --model-kwargs and --input-size",
+        help="checkpoint (file, URL, hf-hub:owner/name), loaded strictly; ours also give --model-kwargs, --input-size",
     )
     group.add_argument(
-        "--pretrained", action=_OfLastModel, nargs=0, default=argparse.SUPPRESS, help="timm's own weights (downloads)"
+        "--pretrained", action=_OfLastModel, nargs=0, default=argparse.SUPPRESS, help="published weights (downloads)"
     )
     group.add_argument(
         "--label",

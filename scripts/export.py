@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, so it runs from any folder
 
-from checkpoints import CheckpointError, number_of_classes, read
+from checkpoints import CheckpointError, read
+from weights import number_of_classes
 
 
 def describe(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def export(source: str, output: Path, ema: bool) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="path or URL of the checkpoint (anything --resume reads)")
+    parser.add_argument("--checkpoint", required=True, help="the checkpoint: a path, a URL or hf-hub:owner/name[/file]")
     parser.add_argument("--output", required=True, type=Path, help="path of the .safetensors file to write")
     parser.add_argument("--ema", action="store_true", help="export the EMA's weights instead of the model's")
     args = parser.parse_args(arguments)

@@ -19,6 +19,7 @@ import options
 import spectrum
 from datasets import build_transform
 from scripts import analysis_inputs, analysis_results, analyze
+from weights import load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -121,7 +122,7 @@ def test_all_wrong_flags_are_named_at_once() -> None:
 
 def test_numbers_equal_those_of_the_dense_attention_maps(output: Path, photos: Path, attnscale_file: Path) -> None:
     model = timm.create_model("attnscale_small_12", num_classes=7, **KWARGS).eval()
-    checkpoints.load_weights(model, checkpoints.read(attnscale_file)["model"], source="test")
+    load_weights(model, checkpoints.read(attnscale_file)["model"], source="test")
     args = analyze.get_parser().parse_args(["--data-path", str(photos)])
     transform = build_transform(False, analysis_inputs.with_input_size(args, 32), None)
     images = torch.stack([image for image, _ in analysis_inputs.ImageFiles(photos, transform)])

@@ -1,18 +1,14 @@
-"""Checkpoints: what is read and refused, what survives kills and full disks, and the account of every parameter."""
+"""Checkpoints: what is read and refused, and what survives kills and full disks."""
 
 import argparse
 import contextlib
-import functools
-import http.server
 import io
-import logging
 import os
 import pickle
 import random
 import subprocess
 import sys
 import tempfile
-import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,42 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
-import timm
 import torch
-from timm.utils import ModelEmaV3
+from states import Hostile, small_vit, training_state
 
 import checkpoints
 from checkpoints import CheckpointError
 
 ROOT = Path(checkpoints.__file__).resolve().parent
 needs_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mount and setuid need root")
-
-
-def small_vit(name: str = "vit_tiny_patch16_224", img_size: int = 32, **kwargs: Any) -> torch.nn.Module:
-    size = {"depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 10, "patch_size": 8}
-    return timm.create_model(name, img_size=img_size, **{**size, **kwargs})
-
-
-def training_state(epoch: int = 0, step: int = 0) -> dict[str, Any]:
-    """A checkpoint of a model that made one optimizer step."""
-    torch.manual_seed(epoch)
-    model = small_vit()
-    ema = ModelEmaV3(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model(torch.randn(2, 3, 32, 32)).sum().backward()
-    optimizer.step()
-    args = argparse.Namespace(model="tiny", data_path=Path("/data"), opt_betas=(0.9, 0.99), dtype=torch.float32)
-    return checkpoints.assemble(
-        model=torch.nn.DataParallel(model),
-        model_ema=ema,
-        optimizer=optimizer,
-        scaler=None,
-        epoch=epoch,
-        step=step,
-        meters={"loss": np.float32(0.5), "count": np.int64(3)},
-        max_accuracy={"acc1": 12.5},
-        args=args,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -426,6 +394,7 @@ def test_other_files_are_refused_by_their_kind(content: bytes, message: str, tmp
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"x\.pth: .*{message}"):
         checkpoints.read(str(path))
+    assert path.read_bytes() == content  # a download would be removed, a file of the user's never
 
 
 @pytest.mark.parametrize(
@@ -495,18 +464,6 @@ def test_a_foreign_zip_with_a_flipped_bit_or_cut_short_is_refused(good: bytes, t
 # ---- nothing in a file is executed ----
 
 
-class Hostile:
-    """Its unpickling would create a file."""
-
-    def __init__(self, marker: Path, function: Any = os.system) -> None:
-        self.marker, self.function = marker, function
-
-    def __reduce__(self) -> Any:
-        if self.function is eval:
-            return eval, (f"open({str(self.marker)!r}, 'w')",)
-        return os.system, (f"touch {self.marker}",)
-
-
 def hostile_contents(marker: Path) -> dict[str, Any]:
     weights = {"weight": torch.ones(2)}
     return {
@@ -548,237 +505,3 @@ def test_a_valid_digest_gives_a_hostile_file_no_trust(state: dict[str, Any], tmp
     with pytest.raises(CheckpointError, match="none of its checkpoints can be used"):
         checkpoints.latest(tmp_path)
     assert not (tmp_path / "executed").exists()
-
-
-# ---- downloads ----
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """(address, served folder); torch.hub's folder is another temporary one."""
-    served = tmp_path / "served"
-    served.mkdir()
-    hub_before = torch.hub.get_dir()
-    torch.hub.set_dir(str(tmp_path / "hub"))
-    handler = functools.partial(QuietHandler, directory=str(served))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as instance:
-        threading.Thread(target=instance.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{instance.server_address[1]}", served
-        instance.shutdown()
-    torch.hub.set_dir(hub_before)
-
-
-def test_a_url_is_downloaded_once_and_equal_file_names_do_not_collide(server: tuple[str, Path]) -> None:
-    address, served = server
-    for run in ("a", "b"):
-        (served / run).mkdir()
-        torch.save({"weight": torch.full((2,), float(ord(run)))}, served / run / "checkpoint.pth")
-    for _ in range(2):
-        for run in ("a", "b"):
-            assert checkpoints.read(f"{address}/{run}/checkpoint.pth")["model"]["weight"][0] == ord(run)
-        for file in served.glob("*/checkpoint.pth"):
-            file.unlink()  # the second round is served from torch.hub's folder
-
-
-def test_a_broken_download_is_an_error_once_and_not_for_ever(server: tuple[str, Path]) -> None:
-    address, served = server
-    (served / "x.pth").write_bytes(b"busy, try again later")
-    with pytest.raises(CheckpointError, match=r"http://.*/x\.pth: .*text file"):
-        checkpoints.read(f"{address}/x.pth")
-    torch.save({"weight": torch.ones(2)}, served / "x.pth")
-    assert "weight" in checkpoints.read(f"{address}/x.pth")["model"]
-    with pytest.raises(CheckpointError, match="the download failed .*404"):
-        checkpoints.read(f"{address}/none.pth")
-    torch.save({"weight": torch.ones(2)}, served / "x-00000000.pth")
-    with pytest.raises(CheckpointError, match="the download failed .*hash"):
-        checkpoints.read(f"{address}/x-00000000.pth")
-
-
-# ---- every name is accounted for ----
-
-
-def is_lamb(name: str) -> bool:
-    return name.rpartition(".")[2] in ("lamb", "lamb1", "lamb2")
-
-
-class Scaled(torch.nn.Module):
-    """A block with a remedy's parameter beside it."""
-
-    def __init__(self, block: torch.nn.Module) -> None:
-        super().__init__()
-        self.attn, self.norm1, self.norm2, self.mlp = block.attn, block.norm1, block.norm2, block.mlp
-        self.lamb = torch.nn.Parameter(torch.zeros(2))
-
-
-def vit_with_lamb() -> torch.nn.Module:
-    model = small_vit()
-    model.blocks = torch.nn.Sequential(*[Scaled(block) for block in model.blocks])
-    return model
-
-
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2),
-        lambda: timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, depth=2),
-        lambda: timm.create_model("cait_xxs24_224", img_size=32, patch_size=8, depth=2),
-    ],
-    ids=["vit", "distilled", "cait"],
-)
-def test_a_models_own_weights_load_strictly(build: Any, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    source, model = build(), build()
-    assert checkpoints.load_weights(model, source.state_dict(), source="x.pth") == []
-    torch.testing.assert_close(dict(model.state_dict()), dict(source.state_dict()), rtol=0, atol=0)
-    count = len(source.state_dict())
-    assert caplog.messages == [f"loaded {count} of {count} tensors from x.pth"]
-
-
-def test_only_the_names_the_caller_allows_may_be_missing(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    plain, variant = small_vit().state_dict(), vit_with_lamb()
-    missing = checkpoints.load_weights(variant, plain, source="x.pth", may_be_missing=is_lamb)
-    assert missing == ["blocks.0.lamb", "blocks.1.lamb"]
-    assert caplog.messages[0].endswith("from x.pth; left at initial value: blocks.*.lamb (2)")
-    with pytest.raises(CheckpointError, match=r"2 missing: blocks\.0\.lamb, blocks\.1\.lamb: is it .* another --model"):
-        checkpoints.load_weights(variant, plain, source="x.pth")
-    with pytest.raises(CheckpointError, match=r"2 unexpected: blocks\.0\.lamb"):
-        checkpoints.load_weights(small_vit(), variant.state_dict(), source="x.pth", may_be_missing=is_lamb)
-    del plain["norm.bias"]
-    with pytest.raises(CheckpointError, match=r"1 missing: norm\.bias"):
-        checkpoints.load_weights(variant, plain, source="x.pth", may_be_missing=is_lamb, finetune=True)
-
-
-def test_a_refused_file_changes_nothing_and_lists_ten_names_of_many() -> None:
-    model = small_vit()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    other = {**small_vit(depth=4).state_dict(), "norm.weight": torch.ones(5)}
-    with pytest.raises(CheckpointError, match=r"24 unexpected: (\S+, ){10}\.\.\.; 1 of another shape: norm\.weight"):
-        checkpoints.load_weights(model, other, source="x.pth")
-    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "cait_xxs24_224"])
-def test_finetune_leaves_out_a_classifier_of_other_classes(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    model, source = small_vit(name), small_vit(name, num_classes=7)
-    before = model.head.weight.clone()
-    with pytest.raises(CheckpointError, match=r"of another shape: head\.weight \(7, 32\) in the file.*with --finetune"):
-        checkpoints.load_weights(model, source.state_dict(), source="x.pth")
-    missing = checkpoints.load_weights(model, source.state_dict(), source="x.pth", finetune=True)
-    heads = ["head", "head_dist"] if "distilled" in name else ["head"]
-    assert missing == [f"{head}.{end}" for head in heads for end in ("weight", "bias")]
-    assert torch.equal(model.head.weight, before) and torch.equal(model.pos_embed, source.pos_embed)
-    assert "dropped head (7 classes in the file, 10 in the model)" in caplog.text
-    same_classes = small_vit(name, num_classes=7)
-    assert checkpoints.load_weights(same_classes, source.state_dict(), source="x.pth", finetune=True) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "prefix"), [("vit_tiny_patch16_224", 1), ("deit_tiny_distilled_patch16_224", 2), ("cait_xxs24_224", 0)]
-)
-@pytest.mark.parametrize("new_size", [48, 24, (32, 64)], ids=str)
-def test_finetune_interpolates_position_embeddings_as_deit_does(
-    name: str, prefix: int, new_size: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    model, source = small_vit(name, img_size=new_size), small_vit(name)
-    with pytest.raises(CheckpointError, match=r"of another shape: pos_embed.*with --finetune"):
-        checkpoints.load_weights(model, source.state_dict(), source="x.pth")
-    assert checkpoints.load_weights(model, source.state_dict(), source="x.pth", finetune=True) == []
-    grid = model.patch_embed.grid_size
-    patches = source.pos_embed[:, prefix:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
-    patches = torch.nn.functional.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
-    expected = torch.cat([source.pos_embed[:, :prefix], patches.flatten(2).transpose(1, 2)], dim=1)
-    assert torch.equal(model.pos_embed, expected)
-    assert f"interpolated pos_embed from 4x4 to {grid[0]}x{grid[1]}" in caplog.text
-
-
-def test_finetune_takes_a_distilled_checkpoint_into_a_plain_model(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    distilled = small_vit("deit_tiny_distilled_patch16_224", num_classes=7)
-    for img_size in (32, 48):
-        model = small_vit("deit_tiny_patch16_224", img_size=img_size)
-        assert checkpoints.load_weights(model, distilled.state_dict(), source="x", finetune=True) == [
-            "head.weight",
-            "head.bias",
-        ]
-        assert torch.equal(model.pos_embed[:, 0], distilled.pos_embed[:, 0])
-    assert "dropped dist_token and head_dist" in caplog.text
-    model = small_vit("deit_tiny_patch16_224", num_classes=7)
-    with pytest.raises(CheckpointError, match=r"3 unexpected: dist_token, .*with --finetune"):
-        checkpoints.load_weights(model, distilled.state_dict(), source="x")
-    checkpoints.load_weights(model, distilled.state_dict(), source="x", finetune=True)
-    assert torch.equal(model.pos_embed[:, 1:], distilled.pos_embed[:, 2:])
-    with pytest.raises(CheckpointError, match="missing: dist_token, head_dist"):  # the other way round is no fine-tune
-        checkpoints.load_weights(distilled, model.state_dict(), source="x", finetune=True)
-
-
-def test_finetune_does_not_excuse_another_model() -> None:
-    for other in (small_vit(embed_dim=48), small_vit(patch_size=16), small_vit("cait_xxs24_224")):
-        with pytest.raises(CheckpointError, match="another --model"):
-            checkpoints.load_weights(small_vit(), other.state_dict(), source="x", finetune=True)
-
-
-# ---- resuming ----
-
-
-def test_a_full_state_is_resumed_and_anything_less_gives_weights_only(state: dict[str, Any]) -> None:
-    assert checkpoints.can_resume(state, missing=[])
-    assert not checkpoints.can_resume(state, missing=["blocks.0.attn.lamb"])
-    assert not checkpoints.can_resume({"model": state["model"], "epoch": 3}, missing=[])
-    assert not checkpoints.can_resume({"model": state["model"], "optimizer": state["optimizer"]}, missing=[])
-
-
-def test_the_optimizer_takes_moments_from_the_file_and_settings_from_the_command_line(state: dict[str, Any]) -> None:
-    model = small_vit()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=7e-4, weight_decay=0.3, betas=(0.8, 0.9))
-    checkpoints.load_optimizer(optimizer, state["optimizer"])
-    group = optimizer.param_groups[0]
-    assert (group["lr"], group["weight_decay"], group["betas"]) == (7e-4, 0.3, (0.8, 0.9))
-    for index, parameter in enumerate(model.parameters()):
-        torch.testing.assert_close(optimizer.state[parameter], state["optimizer"]["state"][index])
-    with pytest.raises(CheckpointError, match=r"groups of sizes \[\d+\], this run's has \[\d+, \d+\]"):
-        two_groups = [{"params": list(model.parameters())[:3]}, {"params": list(model.parameters())[3:]}]
-        checkpoints.load_optimizer(torch.optim.AdamW(two_groups), state["optimizer"])
-    with pytest.raises(CheckpointError, match="another --opt"):
-        checkpoints.load_optimizer(torch.optim.SGD(model.parameters(), momentum=0.9), state["optimizer"])
-
-
-def test_a_resumed_optimizer_makes_the_step_an_uninterrupted_one_makes(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    batches = torch.randn(3, 2, 3, 32, 32)
-
-    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor) -> None:
-        optimizer.zero_grad()
-        model(images).square().sum().backward()
-        optimizer.step()
-
-    model = small_vit()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for images in batches[:2]:
-        step(model, optimizer, images)
-    state = checkpoints.assemble(
-        model=model, model_ema=None, optimizer=optimizer, scaler=None, epoch=-1, step=2, meters={}, max_accuracy={},
-        args=argparse.Namespace(),
-    )  # fmt: skip
-    checkpoints.save(state, tmp_path)
-    step(model, optimizer, batches[2])
-
-    _, state = checkpoints.latest(tmp_path)
-    resumed = small_vit()
-    assert checkpoints.load_weights(resumed, state["model"], source="checkpoint.pth") == []
-    resumed_optimizer = torch.optim.AdamW(resumed.parameters(), lr=1e-3)
-    checkpoints.load_optimizer(resumed_optimizer, state["optimizer"])
-    step(resumed, resumed_optimizer, batches[2])
-    torch.testing.assert_close(dict(resumed.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
-
-
-def test_number_of_classes() -> None:
-    assert checkpoints.number_of_classes(small_vit().state_dict()) == 10
-    assert checkpoints.number_of_classes(small_vit(num_classes=0).state_dict()) is None

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
 import checkpoints
+from weights import load_weights
 
 SCRIPT = Path(checkpoints.__file__).resolve().parent / "scripts" / "export.py"
 main = runpy.run_path(str(SCRIPT), run_name="export")["main"]
@@ -52,7 +53,7 @@ def test_the_export_rebuilds_the_model(run_folder: Path, weights: str) -> None:
         about["model"], num_classes=about["num_classes"], img_size=about["input_size"], **about["model_kwargs"]
     )
     read_again = checkpoints.read(run_folder / "out.safetensors")["model"]
-    assert checkpoints.load_weights(model, read_again, source="out.safetensors") == []
+    assert load_weights(model, read_again, source="out.safetensors") == []
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ import models
 from datasets import DataError
 from options import ArgumentError, get_args_parser
 from utils import EpochLog, World
+from weights import load_weights
 
 CPU = World(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 SIZE = dict(embed_dim=32, depth=2, num_heads=2, patch_size=8, img_size=32)
@@ -316,7 +317,7 @@ def test_finetune_takes_other_classes_and_another_image_size(trained: Path, tmp_
 def test_a_fine_tune_trains_with_drop_path(trained: Path) -> None:
     """DeiT's fine-tuning runs in evaluation mode; ours does not (the paper's recipe is --resume anyway)."""
     model = tiny_model("deit_small_12", drop_path_rate=0.5)
-    checkpoints.load_weights(model, weights_of(trained), source="x", finetune=True)
+    load_weights(model, weights_of(trained), source="x", finetune=True)
     assert model.train().blocks[1].drop_path1.training
 
 

@@ -1,0 +1,209 @@
+"""From the address of a checkpoint to a local file: a path, an http(s) URL, or a file on the Hugging Face Hub.
+
+    hf-hub:owner/name[@revision][/file]
+
+What was downloaded is kept and found again: URLs below ``torch.hub.get_dir()``, files of the Hub in the Hub's own cache
+(``HF_HOME``), from which they come without a network too (``HF_HUB_OFFLINE=1``).
+"""
+
+import contextlib
+import hashlib
+import http.client
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+from huggingface_hub import HfApi, constants, hf_hub_download, scan_cache_dir
+from huggingface_hub.errors import (
+    CacheNotFound,
+    EntryNotFoundError,
+    GatedRepoError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+logger = logging.getLogger(__name__)
+
+HUB = "hf-hub:"  # timm's prefix
+HUB_ADDRESS = re.compile(
+    HUB + r"(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(?P<file>.*[^/]))?"
+)
+# What a Hub address without a file means: the first of these, else the only file with such an ending.
+USUAL_FILES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth", "best_checkpoint.pth")
+WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar")
+ANOTHER_WAY = "or download the file by other means and pass its path"
+
+
+class FetchError(Exception):
+    """An address that leads to no file; the message names it, the cause and the way out."""
+
+
+def local_file(address: str | Path, cache_dir: str | Path | None = None) -> Path:
+    """Where the file of ``address`` lies on this machine, after a download if it was not here yet.
+
+    A file of the Hub's large-file storage, as weights are, is compared each time with the SHA-256 that the Hub gives
+    for it: the Hub's own library compares sizes only.
+
+    Args:
+        address: A path (returned as it is, there or not), a URL, or ``hf-hub:owner/name[@revision][/file]``. Without a
+            file: the first of `USUAL_FILES`, else the only file of weights there.
+        cache_dir: Of files from the Hub; None: the Hub's own.
+
+    Raises:
+        FetchError: Nothing there, several files to choose from, no access, no network, or a download that went wrong.
+    """
+    if str(address).startswith(("http://", "https://")):
+        return _from_url(str(address))
+    if str(address).startswith(HUB):
+        return _from_hub(str(address), cache_dir)
+    return Path(address).expanduser()
+
+
+def forget(address: str | Path, path: Path) -> None:
+    """Removes the download of a URL that turned out to be no checkpoint; else every later run would find it again.
+
+    Files of the Hub stay: they are what was published, and other programs share that cache.
+    """
+    if str(address).startswith(("http://", "https://")):
+        path.unlink(missing_ok=True)
+
+
+def _from_url(url: str) -> Path:
+    name = Path(urlparse(url).path).name or "checkpoint"
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    hash_prefix = re.search(r"-([a-f0-9]{8,})\.", name)  # the field's naming: deit_small_patch16_224-cd65a155.pth
+    if hash_prefix is None:  # many checkpoints are called checkpoint.pth
+        folder = folder / hashlib.sha256(url.encode()).hexdigest()[:16]
+    path = folder / name
+    if path.exists():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        prefix = hash_prefix and hash_prefix.group(1)
+        torch.hub.download_url_to_file(url, str(path), prefix, progress=sys.stderr.isatty())
+    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
+        raise FetchError(f"{url}: the download failed ({_brief(error)}): check the address, {ANOTHER_WAY}") from error
+    return path
+
+
+def _from_hub(address: str, cache_dir: str | Path | None) -> Path:
+    parts = HUB_ADDRESS.fullmatch(address)
+    if parts is None:
+        raise FetchError(f"{address}: is no address on the Hub: write {HUB}owner/name[@revision][/file]")
+    repository, revision, file = parts.group("repository", "revision", "file")
+    with _explained(address):
+        if file is None:
+            file = _choose(address, _files(repository, revision, cache_dir))
+            logger.info("%s: taking its %s", address, file)
+        try:
+            path = Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError as error:
+            held = ", ".join(filter(_is_weights, _files(repository, revision, cache_dir))) or "none"
+            raise FetchError(
+                f"{address}: no {file} in that repository; its weights: {held}: name one of them"
+            ) from error
+    _check_digest(address, path)
+    return path
+
+
+def _choose(address: str, names: list[str]) -> str:
+    weights = [name for name in names if _is_weights(name)]
+    usual = [name for name in USUAL_FILES if name in weights]
+    if usual or len(weights) == 1:
+        return (usual or weights)[0]
+    if not weights:
+        raise FetchError(f"{address}: that repository holds no weights ({', '.join(WEIGHT_ENDINGS)}): check the name")
+    raise FetchError(f"{address}: holds {', '.join(weights)}: name one of them, as in {address}/{weights[0]}")
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(WEIGHT_ENDINGS)
+
+
+def _files(repository: str, revision: str | None, cache_dir: str | Path | None) -> list[str]:
+    """Names of a repository's files; where the Hub cannot be asked, of those that are in the cache."""
+    try:
+        info = HfApi().model_info(repository, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        return [entry.rfilename for entry in info.siblings or []]
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except (HTTPError, OSError):
+        cached = _cached_files(repository, revision or constants.DEFAULT_REVISION, cache_dir)
+        if not cached:
+            raise
+        return cached
+
+
+def _cached_files(repository: str, revision: str, cache_dir: str | Path | None) -> list[str]:
+    try:
+        cache = scan_cache_dir(cache_dir or constants.HF_HUB_CACHE)
+    except CacheNotFound:
+        return []
+    return [
+        file.file_path.relative_to(snapshot.snapshot_path).as_posix()
+        for repo in cache.repos
+        if (repo.repo_type, repo.repo_id) == ("model", repository)
+        for snapshot in repo.revisions
+        if revision in (snapshot.commit_hash, *snapshot.refs)
+        for file in snapshot.files
+    ]
+
+
+def _check_digest(address: str, path: Path) -> None:
+    """The cache names a large file by its SHA-256: ``snapshots/<commit>/<file>`` links to ``blobs/<SHA-256>``."""
+    digest = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        return
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    if found.hexdigest() != digest:
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        raise FetchError(
+            f"{address}: its copy in the cache was damaged (SHA-256 differs from the Hub's) and has been removed: "
+            "the same command downloads it again"
+        )
+
+
+@contextlib.contextmanager
+def _explained(address: str) -> Iterator[None]:
+    """Turns what the Hub's library raises into one sentence."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise FetchError(f"{address}: its owner grants access on its page: ask there, then `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise FetchError(
+            f"{address}: the Hub knows no such repository, or it is private: check the name, or `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FetchError(f"{address}: no such revision: give a branch, tag or commit of that repository") from error
+    except (HTTPError, OSError, ValueError) as error:
+        if constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+            raise FetchError(
+                f"{address}: is not in the cache ({constants.HF_HUB_CACHE}) and HF_HUB_OFFLINE is set: unset it to "
+                f"download, {ANOTHER_WAY}"
+            ) from error
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+        raise FetchError(
+            f"{address}: the download from {constants.ENDPOINT} failed ({_brief(cause)}): check the network and the "
+            f"address, {ANOTHER_WAY}"
+        ) from error
+
+
+def _brief(error: BaseException) -> str:
+    """An error in one line."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text[:200].splitlines()[0]}" if text else type(error).__name__

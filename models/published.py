@@ -1,0 +1,109 @@
+"""Published weights: which models have some, and how timm's ``pretrained=True`` gets to them.
+
+timm does the rest as for its own models: another head for ``num_classes``, other ``in_chans`` or ``img_size``, and
+another source by ``pretrained_cfg_overlay=dict(file=...)``, ``hf_hub_id`` or ``url``.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from timm.models import PretrainedCfg, resolve_pretrained_cfg
+from torch import Tensor, nn
+
+import checkpoints
+import fetch
+import weights
+
+_logger = logging.getLogger(__name__)
+
+REPOSITORY = "peihaowang/vit-anti-oversmoothing"
+# Model -> file of that repository: training checkpoints of the paper's authors. The names are those of the paper's
+# code and could not be verified: this was written offline. A name that is wrong ends in an error with the list of the
+# files that are there, and pretrained_cfg_overlay=dict(hf_hub_filename=...) takes any of them. No SHA-256 of them is
+# known here either: what arrives is compared with the one that the Hub gives.
+FILES = {
+    "attnscale_small_12": "attnscale_small_12.pth",
+    "featscale_small_12": "featscale_small_12.pth",
+    "attnscale_cait_XXS24_224": "attnscale_cait_xxs24_224.pth",
+    "featscale_cait_XXS24_224": "featscale_cait_xxs24_224.pth",
+}
+REMEDY_PARAMETERS = frozenset({"lamb", "lamb1", "lamb2"})
+
+StateDict = dict[str, Tensor]
+
+
+def is_remedy_parameter(name: str) -> bool:
+    """Whether a parameter's full name (``blocks.3.attn.lamb``) is one that a remedy adds to its baseline."""
+    return name.rsplit(".", 1)[-1] in REMEDY_PARAMETERS
+
+
+def source(name: str) -> dict[str, str]:
+    """Entries of timm's pretrained config that say where the weights of a model are; empty if there are none."""
+    return {"hf_hub_id": REPOSITORY, "hf_hub_filename": FILES[name]} if name in FILES else {}
+
+
+def overlay_with_weights(
+    name: str, pretrained_cfg: PretrainedCfg | dict | str | None, overlay: dict | None, cache_dir: str | Path | None
+) -> dict:
+    """``pretrained_cfg_overlay`` with the weights of a source that timm's own loader does not read, or reads otherwise.
+
+    timm would take the moving average of a training checkpoint where there is one; here weights are ``model``'s.
+    Models named ``hf-hub:owner/name`` or ``local-dir:folder`` stay timm's.
+
+    Args:
+        name: Of the model; the other arguments are timm's.
+
+    Raises:
+        CheckpointError: If there are no weights for this model, or they cannot be had or read.
+    """
+    overlay = dict(overlay or {})
+    cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
+    if cfg.state_dict or cfg.source in ("hf-hub", "local-dir"):
+        return overlay
+    on_hub = cfg.hf_hub_id and "/".join(filter(None, [f"{fetch.HUB}{cfg.hf_hub_id}", cfg.hf_hub_filename]))
+    address = cfg.file or on_hub or cfg.url  # timm's order
+    if not address:
+        raise checkpoints.CheckpointError(
+            f"pretrained=True: no weights are published for {name}; there are some for {', '.join(FILES)}. Weights "
+            "of its plain baseline start it where the baseline ends: pretrained_cfg_overlay=dict(file='deit.pth'), or "
+            "dict(hf_hub_id='timm/deit_small_patch16_224.fb_in1k'), or main.py --finetune FILE"
+        )
+    state_dict = checkpoints.read(address, cache_dir)["model"]
+    _logger.info(f"{name}: pretrained weights are those of {address}")
+    return overlay | {"state_dict": state_dict}
+
+
+def forget_state_dict(model: nn.Module) -> None:
+    """Removes the second copy of the weights that timm keeps in the config of a model built from a state dict."""
+    for module in model.modules():  # a features_only wrapper has one too
+        getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
+
+
+def strict(checkpoint_filter_fn: Callable[[StateDict, nn.Module], StateDict]) -> Callable:
+    """timm's adapter of pretrained state dicts, followed by an account of every name and shape.
+
+    timm loads strictly, but for another ``num_classes`` it accepts anything missing or unexpected. Here only what it
+    adapts may differ: the classifier, and the first convolution for other ``in_chans``. Weights without parameters of
+    any remedy are a plain model's; a variant's own then stay at their initial values.
+    """
+
+    def filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
+        state_dict, wanted, cfg = checkpoint_filter_fn(state_dict, model), model.state_dict(), model.pretrained_cfg
+        remedy = {name: tensor for name, tensor in wanted.items() if is_remedy_parameter(name)}
+        if remedy and cfg.get("hf_hub_id") != REPOSITORY and not any(map(is_remedy_parameter, state_dict)):
+            _logger.info(f"plain weights: the remedy's {len(remedy)} parameters stay at their initial values")
+            state_dict = state_dict | remedy
+        adapted = () if model.num_classes == cfg["num_classes"] else (f"{cfg['classifier']}.",)
+        if model.patch_embed.proj.in_channels != cfg["input_size"][0]:
+            adapted += (f"{cfg['first_conv']}.",)
+        compared = [{n: t for n, t in tensors.items() if not n.startswith(adapted)} for tensors in (wanted, state_dict)]
+        found = weights.problems(*compared)
+        if found:
+            raise checkpoints.CheckpointError(
+                f"pretrained weights do not fit {cfg['architecture']}; {'; '.join(found)}: is it the file of another "
+                "model? One with a distillation token can be given to main.py --finetune"
+            )
+        return state_dict
+
+    return filter_fn

@@ -1,0 +1,52 @@
+"""Shared by the tests of checkpoints and weights: a small model, the state of a training run of it, and bait."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.utils import ModelEmaV3
+
+import checkpoints
+
+
+def small_vit(name: str = "vit_tiny_patch16_224", img_size: int = 32, **kwargs: Any) -> torch.nn.Module:
+    size = {"depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 10, "patch_size": 8}
+    return timm.create_model(name, img_size=img_size, **{**size, **kwargs})
+
+
+def training_state(epoch: int = 0, step: int = 0) -> dict[str, Any]:
+    """A checkpoint of a model that made one optimizer step."""
+    torch.manual_seed(epoch)
+    model = small_vit()
+    ema = ModelEmaV3(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    args = argparse.Namespace(model="tiny", data_path=Path("/data"), opt_betas=(0.9, 0.99), dtype=torch.float32)
+    return checkpoints.assemble(
+        model=torch.nn.DataParallel(model),
+        model_ema=ema,
+        optimizer=optimizer,
+        scaler=None,
+        epoch=epoch,
+        step=step,
+        meters={"loss": np.float32(0.5), "count": np.int64(3)},
+        max_accuracy={"acc1": 12.5},
+        args=args,
+    )
+
+
+class Hostile:
+    """Its unpickling would create a file."""
+
+    def __init__(self, marker: Path, function: Any = os.system) -> None:
+        self.marker, self.function = marker, function
+
+    def __reduce__(self) -> Any:
+        if self.function is eval:
+            return eval, (f"open({str(self.marker)!r}, 'w')",)
+        return os.system, (f"touch {self.marker}",)

@@ -1,0 +1,162 @@
+"""Weights into models: a state dict is fitted, and every name of it and of the model is accounted for."""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from checkpoints import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def load_weights(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    *,
+    source: str,
+    may_be_missing: Callable[[str], bool] = lambda name: False,
+    finetune: bool = False,
+) -> list[str]:
+    """Loads weights and accounts for every name: strictly, but for the exceptions named here, in one log line.
+
+    Args:
+        model: The bare model; unchanged if this raises.
+        state_dict: ``checkpoints.read(...)["model"]``.
+        source: Where it came from, for messages.
+        may_be_missing: Says of a parameter's name whether it may keep its initial value (the remedies' ``lamb*``).
+        finetune: As DeiT's fine-tuning does, leave out a classifier with another number of classes, interpolate
+            ``pos_embed`` to the model's grid, and leave out the distillation token and head if the model has none.
+
+    Returns:
+        Names that kept their initial values.
+
+    Raises:
+        CheckpointError: With the names that are missing, unexpected or of another shape.
+    """
+    wanted = model.state_dict()
+    given, fresh, notes = _adapt(model, wanted, state_dict) if finetune else (dict(state_dict), set(), [])
+    found = problems(wanted, given, fresh, may_be_missing)
+    if found:
+        way_out = "is it the checkpoint of another --model, or do --model-kwargs differ?"
+        if not finetune:
+            adapted, fresh, _ = _adapt(model, wanted, state_dict)
+            if not problems(wanted, adapted, fresh, may_be_missing):
+                way_out = "only the classifier, the image size or distillation differ: pass the file with --finetune"
+        raise CheckpointError(f"{source}: does not fit the model; {'; '.join(found)}: {way_out}")
+    missing = [name for name in wanted if name not in given]
+    model.load_state_dict({**wanted, **given}, strict=True)
+    if missing:
+        notes.append(f"left at initial value: {_summary(missing)}")
+    logger.info("%s", "; ".join([f"loaded {len(given)} of {len(wanted)} tensors from {source}", *notes]))
+    return missing
+
+
+def problems(
+    wanted: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    fresh: Collection[str] = (),
+    may_be_missing: Callable[[str], bool] = lambda name: False,
+) -> list[str]:
+    """What is wrong with ``given`` as the state dict ``wanted``: one phrase for each kind of fault."""
+    found = {
+        "missing": [n for n in wanted if n not in given and n not in fresh and not may_be_missing(n)],
+        "unexpected": [name for name in given if name not in wanted],
+        "of another shape": [
+            f"{name} {tuple(given[name].shape)} in the file, {tuple(tensor.shape)} in the model"
+            for name, tensor in wanted.items()
+            if name in given and given[name].shape != tensor.shape
+        ],
+    }
+    return [
+        f"{len(names)} {kind}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
+        for kind, names in found.items()
+        if names
+    ]
+
+
+def _adapt(
+    model: nn.Module, wanted: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], set[str], list[str]]:
+    """Fits a state dict to a model with other classes, another grid or no distillation token.
+
+    Returns:
+        The new state dict, the classifier names that stay at their initial values, and a note on each change.
+    """
+    given, fresh, notes = dict(state_dict), set(), []
+    # How many of pos_embed's entries belong to cls/dist tokens: 0 in CaiT, whose class token has none.
+    prefix = wanted["pos_embed"].shape[1] - model.patch_embed.num_patches if "pos_embed" in wanted else 0
+    if "dist_token" in given and "dist_token" not in wanted:
+        given = {n: t for n, t in given.items() if n != "dist_token" and not n.startswith("head_dist.")}
+        notes.append("dropped dist_token and head_dist (a distilled checkpoint, a plain model)")
+        if prefix and "pos_embed" in given:  # the entry after the class token's is the distillation token's
+            given["pos_embed"] = torch.cat([given["pos_embed"][:, :prefix], given["pos_embed"][:, prefix + 1 :]], dim=1)
+
+    classifier = model.get_classifier()
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)
+    for head in [name for name, module in model.named_modules() if any(module is head for head in heads)]:
+        weight = f"{head}.weight"
+        in_model = len(wanted[weight]) if weight in wanted else 0
+        if weight in given and len(given[weight]) != in_model:
+            notes.append(f"dropped {head} ({len(given[weight])} classes in the file, {in_model} in the model)")
+            given = {name: tensor for name, tensor in given.items() if not name.startswith(f"{head}.")}
+            fresh |= {name for name in wanted if name.startswith(f"{head}.")}
+
+    if "pos_embed" in wanted and "pos_embed" in given and given["pos_embed"].dim() == 3:
+        grid, tokens = tuple(model.patch_embed.grid_size), given["pos_embed"].shape[1] - prefix
+        side = math.isqrt(max(tokens, 0))
+        if tokens != grid[0] * grid[1] and tokens == side * side > 0:
+            given["pos_embed"] = resample_abs_pos_embed(
+                given["pos_embed"], list(grid), [side, side], prefix, interpolation="bicubic", antialias=False
+            )  # DeiT's main.py; antialias is timm's default, not DeiT's
+            notes.append(f"interpolated pos_embed from {side}x{side} to {grid[0]}x{grid[1]}")
+    return given, fresh, notes
+
+
+def _summary(names: list[str]) -> str:
+    """``blocks.*.attn.lamb (12)`` for the twelve names that differ in the number only."""
+    patterns = [re.sub(r"\.\d+\.", ".*.", name) for name in names]
+    return ", ".join(f"{pattern} ({patterns.count(pattern)})" for pattern in dict.fromkeys(patterns))
+
+
+def can_resume(checkpoint: Mapping[str, Any], missing: list[str]) -> bool:
+    """Whether training goes on from this checkpoint; otherwise it gives weights only and training starts at epoch 0.
+
+    Args:
+        checkpoint: From `checkpoints.read` or `checkpoints.latest`.
+        missing: What `load_weights` returned; new parameters make a run a fine-tune of the checkpoint.
+    """
+    return isinstance(checkpoint.get("optimizer"), dict) and isinstance(checkpoint.get("epoch"), int) and not missing
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Takes each parameter's moments and step count from ``checkpoint["optimizer"]``.
+
+    Hyper-parameters (lr, weight decay, betas) stay as the command line gave them to ``optimizer``.
+
+    Raises:
+        CheckpointError: The saved state is of other parameter groups or another kind of optimizer.
+    """
+    groups, old_groups = optimizer.state_dict()["param_groups"], saved.get("param_groups", [])
+    sizes, old_sizes = ([len(group["params"]) for group in some] for some in (groups, old_groups))
+    if sizes != old_sizes:
+        raise CheckpointError(
+            f"the checkpoint's optimizer has parameter groups of sizes {old_sizes}, this run's has {sizes}: "
+            "resume with the --model and the options it was saved with, or pass it with --finetune (weights only)"
+        )
+    kinds = [{key for key in ("betas", "momentum") if key in group} for group in (groups[0], old_groups[0])]
+    if kinds[0] != kinds[1]:
+        raise CheckpointError("the checkpoint's optimizer is of another --opt: resume with the one it was saved with")
+    new_groups = [{**group, "params": old["params"]} for group, old in zip(groups, old_groups, strict=True)]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": new_groups})
+
+
+def number_of_classes(state_dict: Mapping[str, Tensor]) -> int | None:
+    """Classes of a state dict's classifier (rows of ``head.weight``), None without one."""
+    weight = state_dict.get("head.weight")
+    return None if weight is None else len(weight)
