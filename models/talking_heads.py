@@ -134,7 +134,7 @@ def _chunks(qkv: Tensor, num_buffers: int) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the batch and, for each, buffers (num_buffers, images, num_heads, N, N) to work in."""
     _, B, H, N, _ = qkv.shape
     limit = CPU_CHUNK_BYTES if qkv.device.type == "cpu" else CHUNK_BYTES
-    size = min(B, max(1, limit // (H * N * N * qkv.element_size())))
+    size = max(1, min(B, limit // (H * N * N * qkv.element_size())))  # 1 for an empty batch too
     buffers = qkv.new_empty(num_buffers, size, H, N, N)
     for start in range(0, B, size):
         yield slice(start, start + size), buffers[:, : min(size, B - start)]
