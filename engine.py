@@ -109,7 +109,8 @@ def train_one_epoch(
             optimizer_step(trainer)
 
         finite.watch(loss, step)
-        meters.update(len(images), loss=loss, lr=trainer.optimizer.param_groups[-1]["lr"])
+        rate = max(group["lr"] for group in trainer.optimizer.param_groups)  # the head's, where layers differ
+        meters.update(len(images), loss=loss, lr=rate)
         console.count(len(images))
         if console.due(step) or step == last:
             finite.check(epoch)

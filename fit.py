@@ -39,6 +39,8 @@ def fit(
     effective = loader_train.batch_size * args.grad_accum * world.world_size
     _logger.info(f"effective batch: {effective} images; {len(loader_train)} batches an epoch on each process")
     _logger.info(optim.describe_plan(args, lr, plan, world.world_size))
+    if args.layer_decay is not None:
+        _logger.info(optim.describe_layer_decay(trainer.optimizer))
     if start.epoch >= args.epochs:
         _logger.info(
             f"nothing left to train: {start.source} has finished epoch {start.epoch - 1} of --epochs {args.epochs}"

@@ -18,7 +18,10 @@ def scaled_lr(args: argparse.Namespace, world_size: int) -> float:
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """timm's optimizer over two groups: no decay (1-D parameters, biases, tokens, position embeddings), then decay."""
+    """timm's optimizer over two groups: no decay (1-D parameters, biases, tokens, position embeddings), then decay.
+
+    With ``--layer-decay``: two such groups for each layer of the model's ``group_matcher``, with its ``lr_scale``.
+    """
     kwargs = optimizer_kwargs(args) | {"lr": lr}
     plain_name = args.opt.lower().removeprefix("lookahead_")
     if issubclass(get_optimizer_class(plain_name, bind_defaults=False), HAVE_FUSED):
@@ -52,6 +55,12 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Puts ``lr`` into force for every group (times the group's ``lr_scale``, where layer-wise decay gave it one)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def describe_layer_decay(optimizer: torch.optim.Optimizer) -> str:
+    """One line for the run's head: which parts of the plan's rate the layers get, from the stem to the head."""
+    scales = sorted({group.get("lr_scale", 1.0) for group in optimizer.param_groups})
+    return f"LR by layer, stem to head, in parts of the plan: {'  '.join(f'{scale:.3g}' for scale in scales)}"
 
 
 def describe_plan(args: argparse.Namespace, lr: float, plan: list[float], world_size: int) -> str:

@@ -70,5 +70,5 @@ _VARIANTS = {
     "attnfeatscale_cait_M48": (_BOTH, _M48, 448),
 }
 
-default_cfgs = data_configs(_VARIANTS, crop_pct=1.0)
+default_cfgs = data_configs(_VARIANTS, crop_pct=1.0, paper=("arXiv:2103.17239", "Going deeper with Image Transformers"))
 register_variants(__name__, _VARIANTS, Cait, checkpoint_filter_fn)

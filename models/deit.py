@@ -126,5 +126,6 @@ _VARIANTS = {
     "attnfeatscale_base_24": (_BOTH, _BASE_24, 224),
 }
 
-default_cfgs = data_configs(_VARIANTS, crop_pct=224 / 256)  # the centre 224 of an image resized to 256
+_PAPER = ("arXiv:2012.12877", "Training data-efficient image transformers & distillation through attention")
+default_cfgs = data_configs(_VARIANTS, 224 / 256, _PAPER)  # the centre 224 of an image resized to 256
 register_variants(__name__, _VARIANTS, DeiT, checkpoint_filter_fn)

@@ -12,7 +12,7 @@ path of this package off and on.
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
-from timm.layers.attention import resolve_self_attn_mask
+from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from torch import Tensor, nn
 
 
@@ -20,8 +20,9 @@ def set_fused(model: nn.Module, enabled: bool) -> nn.Module:
     """Switches every fast path of ``model`` off, or on again; the same as building it with ``fused=enabled``.
 
     Off means the definitions: attention maps as tensors, the remedies as written in the paper, every token through the
-    last block. It sets the attribute ``fused_attn``, timm's own switch, so timm's attention layers follow too, and
-    models built after ``timm.layers.set_fused_attn(False)`` have it off from the start.
+    last block. ``torch.func``, second derivatives and timm's ``AttentionExtract`` need that. It sets the attribute
+    ``fused_attn``, timm's own switch, so timm's attention layers follow too, and models built after
+    ``timm.layers.set_fused_attn(False)`` have it off from the start.
 
     Returns:
         ``model`` itself.
@@ -95,7 +96,7 @@ class FoldedAttention(Attention):
         """The attention maps, (B, num_heads, Q, N)."""
         attn = q * self.scale @ k.transpose(-2, -1)
         mask = resolve_self_attn_mask(k.shape[-2], attn, attn_mask, is_causal)
-        return (attn if mask is None else attn + mask).softmax(dim=-1)
+        return maybe_add_mask(attn, mask).softmax(dim=-1)  # timm's function, so that fx does not look into the choice
 
     def projection(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight and offset of the projection; a remedy that acts on the heads folds itself in here."""

@@ -10,16 +10,19 @@ from torch import nn
 from . import published
 from .folding import set_fused
 
+# Identifier and title of the remedies' paper.
+PAPER = ("arXiv:2203.05962", "Anti-Oversmoothing in Deep Vision Transformers via the Fourier Domain Analysis")
 # Name -> constructor arguments of the remedy, constructor arguments of the size, side of the images in pixels.
 Variants = dict[str, tuple[dict, dict, int]]
 
 
-def data_configs(variants: Variants, crop_pct: float) -> dict:
+def data_configs(variants: Variants, crop_pct: float, paper: tuple[str, str]) -> dict:
     """timm's ``default_cfgs`` of a backbone.
 
     Args:
         variants: The backbone's table.
         crop_pct: Share of the resized image that evaluation keeps; 224 / 256 on DeiT, 1 on CaiT.
+        paper: The backbone's, identifier and title; a remedy's rows get the remedies' paper before it.
     """
     common = dict(
         num_classes=1000,
@@ -33,12 +36,12 @@ def data_configs(variants: Variants, crop_pct: float) -> dict:
         classifier="head",
         license="mit",
     )
-    return generate_default_cfgs(
-        {
-            name: common | {"input_size": (3, pixels, pixels)} | published.source(name)
-            for name, (_, _, pixels) in variants.items()
-        }
-    )
+    configs = {}
+    for name, (remedy, _, pixels) in variants.items():
+        ids, titles = zip(*([PAPER, paper] if remedy else [paper]), strict=True)
+        papers = dict(paper_ids=ids, paper_name="; ".join(titles))
+        configs[name] = common | dict(input_size=(3, pixels, pixels)) | papers | published.source(name)
+    return generate_default_cfgs(configs)
 
 
 def register_variants(

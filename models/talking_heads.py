@@ -142,7 +142,7 @@ def _chunks(qkv: Tensor, num_buffers: int) -> Iterator[tuple[slice, slice, Tenso
     _, B, H, N, _ = qkv.shape
     limit = CPU_CHUNK_BYTES if qkv.device.type == "cpu" else CHUNK_BYTES
     row_bytes = H * N * qkv.element_size()
-    images = min(B, max(1, limit // (N * row_bytes)))
+    images = max(1, min(B, limit // (N * row_bytes)))  # 1 for an empty batch too
     parts = math.ceil(N * row_bytes / limit)  # of one image, about equally large
     rows = math.ceil(N / parts)
     scratch = qkv.new_empty(num_buffers, images * H * rows * N)

@@ -20,6 +20,7 @@ from torch import nn
 import build
 import checkpoints
 import models
+import optim
 from datasets import DataError
 from options import ArgumentError, get_args_parser
 from utils import EpochLog, World
@@ -281,6 +282,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained: Path, data: Path, tm
         torch.testing.assert_close(continued, whole, rtol=0, atol=0)
     logs = [EpochLog.read(tmp_path / name / "log.txt") for name in ("whole", "parts")]
     assert logs[0] == logs[1]
+
+
+def test_a_run_with_layer_decay_resumes_exactly_and_logs_the_heads_rate(data: Path, tmp_path: Path) -> None:
+    words = ("--layer-decay", "0.5", "--epochs", "2", "--lr", "0.05", "--warmup-epochs", "1", "--no-model-ema")
+    printed = call_main(*flags(data, tmp_path / "whole", *words)).stdout
+    assert "LR by layer, stem to head, in parts of the plan: 0.125  0.25  0.5  1\n" in printed
+    call_main(*flags(data, tmp_path / "parts", *words, "--keep-checkpoints", "2"))
+    for name in ("checkpoint.pth", "checkpoint_prev.pth", "checkpoint_0001.pth"):
+        (tmp_path / "parts" / name).unlink()
+    assert "Epoch: [1]" in call_main(*flags(data, tmp_path / "parts", *words, "--auto_reload")).stdout
+    torch.testing.assert_close(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
+    args = parse(*flags(data, None, *words))
+    plan = optim.lr_plan(args, optim.scaled_lr(args, 1))
+    rates = [line["train_lr"] for line in EpochLog.read(tmp_path / "parts" / "log.txt")]
+    assert rates == pytest.approx(plan) and plan[0] > 0
 
 
 def test_a_plain_training_state_given_to_a_variant_is_a_fine_tune(trained: Path, data: Path, tmp_path: Path) -> None:

@@ -1,13 +1,18 @@
 """Parameter groups and learning rates: the reference's, epoch by epoch."""
 
+import copy
+
 import pytest
 import timm
 import torch
 from conftest import golden_json
 
+import checkpoints
 import models  # noqa: F401  (registers the zoo)
 import optim
 from options import get_args_parser
+
+SIZE = dict(img_size=32, patch_size=8, embed_dim=12, depth=3, num_heads=3)
 
 
 def parse(argv: str):
@@ -55,6 +60,70 @@ def test_the_plan_is_described_with_its_turning_points() -> None:
     plan = optim.lr_plan(args, 1e-3)
     text = optim.describe_plan(args, 1e-3, plan, 2)
     assert "base 0.001" in text and f"9: {plan[9]:.4g}" in text
+
+
+def layer_of(name: str) -> int:
+    """Depth of a parameter of a three-layer model: 0 is the stem, 4 the head; class attention counts as last blocks."""
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    if name.startswith("blocks_token_only."):
+        return int(name.split(".")[1]) + 2
+    return {"norm": 3, "head": 4}.get(name.split(".")[0], 0)
+
+
+@pytest.mark.parametrize("name", ["attnfeatscale_tiny_12", "attnfeatscale_cait_XXS24"])
+def test_layer_decay_slows_each_layer_and_keeps_the_rules_of_weight_decay(name: str) -> None:
+    model = timm.create_model(name, **SIZE)
+    plain = optim.build_optimizer(parse(""), model, 1e-3)
+    optimizer = optim.build_optimizer(parse("--layer-decay 0.5"), model, 1e-3)
+    optim.set_lr(optimizer, 0.2)
+    groups, decay = {}, {}
+    for group in optimizer.param_groups:
+        groups |= {id(parameter): group for parameter in group["params"]}
+        assert group["fused"]
+    for group in plain.param_groups:
+        decay |= {id(parameter): group["weight_decay"] for parameter in group["params"]}
+    for key, parameter in model.named_parameters():
+        assert groups[id(parameter)]["lr"] == pytest.approx(0.2 * 0.5 ** (4 - layer_of(key))), key
+        assert groups[id(parameter)]["weight_decay"] == decay[id(parameter)], key
+    assert optim.describe_layer_decay(optimizer).endswith("plan: 0.0625  0.125  0.25  0.5  1")
+
+
+def step(optimizer: torch.optim.Optimizer) -> None:
+    generator = torch.Generator().manual_seed(7)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+
+
+def test_an_optimizer_with_layer_decay_goes_on_from_its_saved_state() -> None:
+    optimizers = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        optimizers.append(
+            optim.build_optimizer(parse("--layer-decay 0.5"), timm.create_model("attnscale_tiny_12", **SIZE), 1e-3)
+        )
+    first, second = optimizers
+    step(first)
+    with torch.no_grad():
+        for ours, theirs in zip(second.param_groups, first.param_groups, strict=True):
+            for mine, other in zip(ours["params"], theirs["params"], strict=True):
+                mine.copy_(other)
+    checkpoints.load_optimizer(second, copy.deepcopy(first.state_dict()))
+    for optimizer in optimizers:
+        optim.set_lr(optimizer, 0.1)
+        step(optimizer)
+    for ours, theirs in zip(second.param_groups, first.param_groups, strict=True):
+        assert ours["lr"] == theirs["lr"] == 0.1 * ours["lr_scale"]
+        torch.testing.assert_close(ours["params"], theirs["params"], rtol=0, atol=0)
+
+
+def test_a_state_without_layer_decay_is_refused_by_a_run_with_it() -> None:
+    model = timm.create_model("attnscale_tiny_12", **SIZE)
+    saved = optim.build_optimizer(parse(""), model, 1e-3).state_dict()
+    with pytest.raises(checkpoints.CheckpointError, match="parameter groups"):
+        checkpoints.load_optimizer(optim.build_optimizer(parse("--layer-decay 0.5"), model, 1e-3), saved)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,8 @@ def test_a_mistyped_flag_is_an_error_not_an_abbreviation() -> None:
         (["--eval"], "--eval needs weights"),
         (["--distillation-type", "hard"], "--teacher-path"),
         (["--eval-crop-ratio", "0"], "--eval-crop-ratio 0"),
+        (["--layer-decay", "0"], "--layer-decay 0.0: give a number above 0, at most 1"),
+        (["--layer-decay", "1.5"], "--layer-decay 1.5"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
