@@ -1,0 +1,362 @@
+"""WebDataset shards, ``--data-set wds``: tar files of ``<key>.jpg`` and ``<key>.cls`` with an index beside them.
+
+``scripts/prepare_wds.py`` writes a folder of ``train-*.tar`` and ``val-*.tar``; its ``_info.json`` (in timm's form)
+names shards, numbers of samples and classes, and ``train.npy`` and ``val.npy`` say where in which shard each image is.
+A local folder is read in place, in the order of the keys: to the rest of the program it is a tree of images.
+
+A remote one (``https://``, ``s3://``, ``gs://``, ``hf://`` or ``pipe:``, whatever ``webdataset.gopen`` opens) is read
+shard after shard: whole shards are fetched into a cache that the processes of a machine share, some ahead of need, and
+the oldest make room. ``samplers.ShardSampler`` draws an order that asks for them in turn.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import queue
+import re
+import shutil
+import tempfile
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from webdataset import gopen
+from webdataset.tariterators import base_plus_ext
+
+import archives
+from archives import DataError, Member, Members
+
+INFO_NAMES = ("_info.json", "info.json")
+SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation")}
+# A shard's name becomes part of a shell's command after pipe:, so it may hold nothing that a shell understands.
+SHARD_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
+ATTEMPTS, PAUSE_S = 5, 1.0  # of fetching a file; pauses double: 15 s in all
+FETCHERS = 4  # threads of a process that fetch ahead
+
+
+class Shards(NamedTuple):
+    """One split of a set of shards: where it is, what it is made of, and the digest of the file that says so."""
+
+    root: str
+    split: str
+    names: list[str]
+    lengths: list[int]
+    classes: list[str]
+    digest: str
+
+    def url(self, shard: int) -> str:
+        """Where a shard is: a path or whatever ``gopen`` opens."""
+        return join(self.root, self.names[shard])
+
+
+def is_remote(root: str) -> bool:
+    """Whether shards have to be fetched from there."""
+    return root.startswith("pipe:") or "://" in root
+
+
+def join(root: str, name: str) -> str:
+    """Address of a file of the data set; a command after ``pipe:`` has ``{}`` in its place."""
+    return root.replace("{}", name) if root.startswith("pipe:") else f"{root.rstrip('/')}/{name}"
+
+
+@lru_cache(maxsize=8)  # one look for the classes, the training and the evaluation images
+def read_info(root: str) -> tuple[dict[str, Any], str]:
+    """The content of ``_info.json`` and its digest.
+
+    Raises:
+        DataError: If it is missing or no such file.
+    """
+    if root.startswith("pipe:") and "{}" not in root:
+        raise DataError(f"--data-path {root!r}: put {{}} where the command takes a file's name")
+    problems = []
+    for name in INFO_NAMES:
+        try:
+            content = _read(join(root, name))
+            info = json.loads(content)
+            for split in info["splits"].values():
+                if len(split["filenames"]) != len(split["shard_lengths"]):
+                    raise ValueError("filenames and shard_lengths differ in number")
+            return info, hashlib.sha256(content).hexdigest()[:16]
+        except OSError as error:
+            problems.append(f"{name}: {error.strerror or error}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"--data-path {root}: {name} is no index of shards ({error!r}): write it anew") from error
+    raise DataError(
+        f"--data-path {root} has no readable index of shards ({'; '.join(problems)}): scripts/prepare_wds.py writes "
+        "shards with their index, with --index an index for shards that are there"
+    )
+
+
+def _read(url: str) -> bytes:
+    if not is_remote(url):
+        return Path(url).read_bytes()
+    with gopen(url, "rb") as stream:
+        return stream.read()
+
+
+def open_split(root: str, split: str) -> Shards:
+    """The shards of "train" or "val".
+
+    Raises:
+        DataError: If the index lacks that split or its classes, or names files as no shard can be named.
+    """
+    info, digest = read_info(root)
+    found = next((info["splits"][name] for name in SPLIT_NAMES[split] if name in info["splits"]), None)
+    if found is None:
+        raise DataError(f"--data-path {root}: the index has no split {split}, only {', '.join(info['splits'])}")
+    names, lengths = [str(name) for name in found["filenames"]], [int(length) for length in found["shard_lengths"]]
+    bad = next((name for name in names if not SHARD_NAME.fullmatch(name)), None)
+    if bad is not None:
+        raise DataError(
+            f"--data-path {root}: the index names a shard {bad!r}: letters, digits, . _ - and / are allowed"
+        )
+    if not sum(lengths):
+        raise DataError(f"--data-path {root}: the index lists no images of {split}")
+    return Shards(root, split, names, lengths, info.get("classes") or [], digest)
+
+
+def class_names(root: str) -> list[str]:
+    """Class names in label order.
+
+    Raises:
+        DataError: If the index has none.
+    """
+    classes = read_info(root)[0].get("classes")
+    if not classes:
+        raise DataError(f'--data-path {root}: the index names no "classes": give --num-classes')
+    return classes
+
+
+def scan_shard(path: str, number: int = 0) -> np.ndarray:
+    """Table (``archives.make_table``) of the samples of a shard in their order; ``number`` is its first column.
+
+    Raises:
+        DataError: If it is no shard: a sample lacks its image or its class.
+    """
+    samples: dict[str, dict[str, archives.TarEntry]] = {}
+    for entry in archives.tar_entries(path):
+        key, extension = base_plus_ext(entry.name)
+        if entry.kind == "file" and key is not None:
+            samples.setdefault(key, {})["." + extension.lower()] = entry
+    rows = []
+    with open(path, "rb") as file:
+        for key, parts in samples.items():
+            image = next((entry for extension, entry in parts.items() if extension in IMG_EXTENSIONS), None)
+            try:
+                file.seek(parts[".cls"].start)
+                label = int(file.read(parts[".cls"].size))
+            except (KeyError, ValueError):
+                label = -1
+            if image is None or label < 0:
+                raise DataError(f"--data-path: {path} is no shard of labelled images: {key} lacks its .jpg or .cls")
+            rows.append((number, image.start, image.size, archives.TAR, label, image.name))
+    return archives.make_table(rows)
+
+
+def local_members(shards: Shards) -> Members:
+    """Images of local shards in the order of their keys, after a look at every shard's size.
+
+    Raises:
+        DataError: If the index of the images is missing, or shards are missing, cut short or not those of the index.
+    """
+    path = Path(shards.root, f"{shards.split}.npy")
+    try:
+        table = np.load(path, allow_pickle=False)
+        ends = np.zeros(len(shards.names), np.int64)
+        np.maximum.at(ends, table["archive"], table["start"] + table["size"])
+        counts = np.bincount(table["archive"], minlength=len(ends)).tolist()
+    except (OSError, ValueError, IndexError) as error:
+        raise DataError(
+            f"--data-path {shards.root}: {path.name} is missing or damaged ({error}): "
+            f"python scripts/prepare_wds.py --index {shards.root}"
+        ) from error
+    if counts != shards.lengths:
+        raise DataError(
+            f"--data-path {shards.root}: {path.name} and the index of shards differ in their numbers of images: "
+            f"python scripts/prepare_wds.py --index {shards.root}"
+        )
+    paths = [shards.url(shard) for shard in range(len(ends))]
+    for where, end in zip(paths, ends.tolist(), strict=True):
+        size = os.path.getsize(where) if os.path.isfile(where) else 0
+        if size < end:
+            raise DataError(f"--data-path: shard {where} is {'cut short' if size else 'missing'}: fetch it again")
+    _check_labels(shards, table["label"])
+    return Members(paths, table)
+
+
+def _check_labels(shards: Shards, labels: np.ndarray) -> None:
+    if shards.classes and labels.max(initial=0) >= len(shards.classes):
+        raise DataError(
+            f"--data-path {shards.root}: a label of {shards.split} is {labels.max()}, but the index names "
+            f'{len(shards.classes)} "classes": they do not belong together'
+        )
+
+
+class RemoteMembers(Sequence):
+    """(:class:`Member`, label) of the images of remote shards, shard after shard; what is asked for is fetched.
+
+    Args:
+        shards: Of one split.
+        folder: The cache; made if needed. Processes may share it, of one run or of several.
+        limit: Bytes that it may hold; the shards that were opened longest ago make room.
+
+    Raises:
+        DataError: From ``[]``, if a shard cannot be fetched or is not what the index says.
+    """
+
+    def __init__(self, shards: Shards, folder: Path, limit: float) -> None:
+        self.shards, self.base, self.limit = shards, folder, limit
+        # Another index is another data set, though its address be the same.
+        self.folder = folder / hashlib.sha256(f"{shards.root}\n{shards.digest}".encode()).hexdigest()[:16]
+        self.ends = list(accumulate(shards.lengths))
+        self._tables: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def shard_of(self, index: int) -> int:
+        """Number of the shard that holds an image."""
+        return bisect_right(self.ends, index)
+
+    def __getitem__(self, index: int) -> tuple[Member, int]:
+        shard = self.shard_of(index)
+        path = self.path(shard)
+        for _ in range(3):
+            try:
+                archives.descriptor(str(path))  # stays open for the read that follows, even if it is removed meanwhile
+                if shard not in self._tables:
+                    if len(self._tables) >= archives.MAX_OPEN_FILES:
+                        self._tables.pop(next(iter(self._tables)))
+                    self._tables[shard] = np.load(path.with_suffix(".npy"), allow_pickle=False)
+                break
+            except FileNotFoundError:
+                self.fetch(shard)
+        else:
+            raise DataError(f"--shard-cache {self.base}: shards are removed before they are read: allow more GB")
+        return Members([str(path)], self._tables[shard])[index - self.ends[shard] + self.shards.lengths[shard]]
+
+    def path(self, shard: int) -> Path:
+        """Where the cache keeps a shard; its table lies beside it."""
+        return self.folder / f"{quote(self.shards.names[shard].removesuffix('.tar'), safe='')}.tar"
+
+    def fetch(self, shard: int) -> None:
+        """Lets a shard and its table be in the cache; of several processes that want it, one fetches.
+
+        Raises:
+            DataError: If it cannot be fetched, or the cache cannot hold it.
+        """
+        path = self.path(shard)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(path.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    partial = path.with_suffix(".part")
+                    _download(self.shards.url(shard), partial)
+                    np.save(path.with_suffix(".npy"), self._scan(partial, shard))
+                    partial.replace(path)
+                    self._make_room(keep=path)
+                os.utime(path)
+        except OSError as error:
+            raise DataError(
+                f"--shard-cache {self.base} cannot take a shard ({error.strerror or error}): free some space there, "
+                "name another folder, or lower --shard-cache-gb"
+            ) from error
+
+    def _scan(self, path: Path, shard: int) -> np.ndarray:
+        table = scan_shard(str(path))
+        if len(table) != self.shards.lengths[shard]:
+            raise DataError(
+                f"--data-path: {self.shards.url(shard)} holds {len(table)} images, the index says "
+                f"{self.shards.lengths[shard]}: write the index anew"
+            )
+        _check_labels(self.shards, table["label"])
+        return table
+
+    def _make_room(self, keep: Path) -> None:
+        """Removes the shards that were opened longest ago until the cache is within its limit."""
+        found = []
+        for path in self.base.glob("*/*.npy"):
+            shard = path.with_suffix(".tar")
+            try:
+                found.append((shard.stat().st_mtime_ns, shard.stat().st_size, shard))
+            except FileNotFoundError:  # another process removes it
+                pass
+        held = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if held > self.limit and path != keep:
+                path.unlink(missing_ok=True)
+                path.with_suffix(".npy").unlink(missing_ok=True)
+                held -= size
+
+
+def default_cache() -> Path:
+    """Where shards are kept without ``--shard-cache``: in this user's part of the machine's temporary folder."""
+    return Path(tempfile.gettempdir(), f"shards-{os.getuid()}")
+
+
+def _download(url: str, target: Path) -> None:
+    for attempt in range(ATTEMPTS):
+        try:
+            with gopen(url, "rb") as stream, open(target, "wb") as file:
+                shutil.copyfileobj(stream, file, 2**20)
+            return
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            if attempt == ATTEMPTS - 1:
+                raise DataError(
+                    f"--data-path: {url} could not be fetched in {ATTEMPTS} attempts ({error}): look at the address "
+                    "and the network; the same command with --auto_reload continues"
+                ) from error
+        time.sleep(PAUSE_S * 2**attempt)
+
+
+class FetchAhead:
+    """Threads that fetch the shards they are told of, for as long as the context lasts.
+
+    What goes wrong is left to the process that needs the shard, which tries again and says what it is.
+    """
+
+    def __init__(self, members: RemoteMembers) -> None:
+        self.members = members
+        self.wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.asked: set[int] = set()
+        self.over = False
+
+    def __enter__(self) -> "FetchAhead":
+        for _ in range(FETCHERS):  # daemons: a run that is asked to stop does not wait for a download
+            threading.Thread(target=self._work, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over = True
+        for _ in range(FETCHERS):  # wakes the threads
+            self.wanted.put(0)
+
+    def ask(self, index: int) -> None:
+        """Says that an image will be needed soon."""
+        shard = self.members.shard_of(index)
+        if shard not in self.asked:
+            self.asked.add(shard)
+            self.wanted.put(shard)
+
+    def _work(self) -> None:
+        while True:
+            shard = self.wanted.get()
+            if self.over:
+                return
+            try:
+                self.members.fetch(shard)
+            except DataError:
+                pass
