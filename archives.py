@@ -115,7 +115,7 @@ def descriptor(path: str) -> int:
     file = _open_files.pop(path, None)
     if file is None:
         file = os.open(path, os.O_RDONLY)
-        if len(_open_files) >= MAX_OPEN_FILES:
+        while len(_open_files) >= MAX_OPEN_FILES:
             os.close(_open_files.popitem(last=False)[1])
     _open_files[path] = file
     return file

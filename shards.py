@@ -239,7 +239,7 @@ class RemoteMembers(Sequence):
                         self._tables.pop(next(iter(self._tables)))
                     self._tables[shard] = np.load(path.with_suffix(".npy"), allow_pickle=False)
                 break
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 self.fetch(shard)
         else:
             raise DataError(f"--shard-cache {self.base}: shards are removed before they are read: allow more GB")
@@ -310,6 +310,8 @@ def _download(url: str, target: Path) -> None:
         try:
             with gopen(url, "rb") as stream, open(target, "wb") as file:
                 shutil.copyfileobj(stream, file, 2**20)
+                file.flush()
+                os.fsync(file.fileno())  # the cache outlives the machine's crash
             return
         except OSError as error:
             if error.errno == errno.ENOSPC:
