@@ -4,6 +4,7 @@ An index is made once, from the headers of a tar or the directory of a zip; an i
 Reads carry their own position (``os.pread``), so processes that were forked from one another may share a file.
 """
 
+import logging
 import os
 import posixpath
 import tarfile
@@ -17,6 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
+
+_logger = logging.getLogger(__name__)
 
 SUFFIXES = (".tar", ".zip")
 MAX_OPEN_FILES = 64  # of a process; with ten workers far below the usual limit of 1,024 for each
@@ -148,6 +151,7 @@ def read_tree(path: Path, split: str, *, alone: bool) -> Tree | None:
 def _read_trees(path: str, mtime_ns: int, size: int, splits: tuple[str, ...], alone: bool) -> dict[str, Tree | None]:
     if path in _open_files:  # an archive that was written anew
         os.close(_open_files.pop(path))
+    _logger.info(f"indexing {path} ({size / 1e9:.1f} GB)")
     files, folders = _list_zip(path) if path.lower().endswith(".zip") else _list_tar(path)
     folders |= {posixpath.dirname(name) for name in files}
     for folder in list(folders):
@@ -228,11 +232,11 @@ def _list_tar(path: str) -> tuple[dict[str, tuple[int, int, int]], set[str]]:
         else:
             links[entry.name] = entry.target
     for name, target in links.items():
-        while target in links and target != name:
-            target = links[target]
+        for _ in range(40):  # as many as Linux follows
+            target = links.get(target, target)
         if target in files:
             files[name] = files[target]
-        elif name.lower().endswith(IMG_EXTENSIONS):
+        elif posixpath.splitext(name)[1].lower() in ("", *IMG_EXTENSIONS):  # an image or perhaps a class
             raise DataError(
                 f"--data-path: {path} holds {name} only as a link to {target or 'a special file'}, which is not in it: "
                 "pack the images themselves (tar --dereference)"

@@ -218,7 +218,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder of the data set; for ImageNet and FOLDER it holds train/<class>/ and val/<class>/, or train.tar "
         "and val.tar (or .zip), or is one archive of both, none of them unpacked; for wds a folder of shards or its "
-        "address (https://, s3://, gs://, hf://, or pipe: with {} for the file's name)",
+        "address (https://, gs://, hf://, or a command with {} for a file's name: 'pipe:aws s3 cp s3://bucket/{} -')",
     )
     data.add(
         "--data-set",

@@ -4,7 +4,7 @@
 names shards, numbers of samples and classes, and ``train.npy`` and ``val.npy`` say where in which shard each image is.
 A local folder is read in place, in the order of the keys: to the rest of the program it is a tree of images.
 
-A remote one (``https://``, ``s3://``, ``gs://``, ``hf://`` or ``pipe:``, whatever ``webdataset.gopen`` opens) is read
+A remote one (``https://``, ``gs://``, ``hf://`` or ``pipe:``, whatever ``webdataset.gopen`` opens) is read
 shard after shard: whole shards are fetched into a cache that the processes of a machine share, some ahead of need, and
 the oldest make room. ``samplers.ShardSampler`` draws an order that asks for them in turn.
 """
@@ -13,6 +13,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import queue
 import re
@@ -21,7 +22,8 @@ import tempfile
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -30,11 +32,13 @@ from urllib.parse import quote
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from webdataset import gopen
+from webdataset.gopen import gopen, gopen_schemes
 from webdataset.tariterators import base_plus_ext
 
 import archives
 from archives import DataError, Member, Members
+
+_logger = logging.getLogger(__name__)
 
 INFO_NAMES = ("_info.json", "info.json")
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation")}
@@ -42,6 +46,7 @@ SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation")}
 SHARD_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 ATTEMPTS, PAUSE_S = 5, 1.0  # of fetching a file; pauses double: 15 s in all
 FETCHERS = 4  # threads of a process that fetch ahead
+DISK_SHARE = 0.9  # of what is free on the cache's disk or held by the cache: more is never taken
 
 
 class Shards(NamedTuple):
@@ -78,6 +83,15 @@ def read_info(root: str) -> tuple[dict[str, Any], str]:
     """
     if root.startswith("pipe:") and "{}" not in root:
         raise DataError(f"--data-path {root!r}: put {{}} where the command takes a file's name")
+    scheme = root.partition(":")[0]
+    if is_remote(root) and scheme not in gopen_schemes:
+        known = ", ".join(sorted(name for name in gopen_schemes if name not in ("pipe", "__default__")))
+        raise DataError(
+            f"--data-path {root}: {scheme}:// cannot be opened, only {known}, and what a command writes: "
+            "'pipe:aws s3 cp s3://bucket/{} -'"
+        )
+    if is_remote(root):
+        _logger.info(f"reading the index of the shards at {root}")
     problems = []
     for name in INFO_NAMES:
         try:
@@ -88,13 +102,19 @@ def read_info(root: str) -> tuple[dict[str, Any], str]:
                     raise ValueError("filenames and shard_lengths differ in number")
             return info, hashlib.sha256(content).hexdigest()[:16]
         except OSError as error:
-            problems.append(f"{name}: {error.strerror or error}")
+            problems.append(f"{name}: {_reason(error)}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"--data-path {root}: {name} is no index of shards ({error!r}): write it anew") from error
     raise DataError(
         f"--data-path {root} has no readable index of shards ({'; '.join(problems)}): scripts/prepare_wds.py writes "
         "shards with their index, with --index an index for shards that are there"
     )
+
+
+def _reason(error: OSError) -> str:
+    """What went wrong, without the command line that ``gopen`` says it with."""
+    code = re.search(r"exit (-?\d+)", str(error))
+    return error.strerror or (f"the command that reads it ended with code {code[1]}" if code else str(error))
 
 
 def _read(url: str) -> bytes:
@@ -208,7 +228,7 @@ class RemoteMembers(Sequence):
     Args:
         shards: Of one split.
         folder: The cache; made if needed. Processes may share it, of one run or of several.
-        limit: Bytes that it may hold; the shards that were opened longest ago make room.
+        limit: Bytes that it may hold; the shards that were asked for longest ago make room.
 
     Raises:
         DataError: From ``[]``, if a shard cannot be fetched or is not what the index says.
@@ -230,27 +250,31 @@ class RemoteMembers(Sequence):
 
     def __getitem__(self, index: int) -> tuple[Member, int]:
         shard = self.shard_of(index)
-        path = self.path(shard)
-        for _ in range(3):
-            try:
-                archives.descriptor(str(path))  # stays open for the read that follows, even if it is removed meanwhile
-                if shard not in self._tables:
-                    if len(self._tables) >= archives.MAX_OPEN_FILES:
-                        self._tables.pop(next(iter(self._tables)))
-                    self._tables[shard] = np.load(path.with_suffix(".npy"), allow_pickle=False)
-                break
-            except (FileNotFoundError, NotADirectoryError):
-                self.fetch(shard)
-        else:
-            raise DataError(f"--shard-cache {self.base}: shards are removed before they are read: allow more GB")
-        return Members([str(path)], self._tables[shard])[index - self.ends[shard] + self.shards.lengths[shard]]
+        try:
+            self._open(shard)
+        except (FileNotFoundError, NotADirectoryError):
+            self.fetch(shard, keep_open=True)
+        members = Members([str(self.path(shard))], self._tables[shard])
+        return members[index - self.ends[shard] + self.shards.lengths[shard]]
+
+    def _open(self, shard: int) -> None:
+        """Opens a shard of the cache, for good: the read that follows succeeds even if it is removed meanwhile."""
+        archives.descriptor(str(self.path(shard)))
+        if shard not in self._tables:
+            if len(self._tables) >= archives.MAX_OPEN_FILES:
+                self._tables.pop(next(iter(self._tables)))
+            self._tables[shard] = np.load(self.path(shard).with_suffix(".npy"), allow_pickle=False)
 
     def path(self, shard: int) -> Path:
         """Where the cache keeps a shard; its table lies beside it."""
         return self.folder / f"{quote(self.shards.names[shard].removesuffix('.tar'), safe='')}.tar"
 
-    def fetch(self, shard: int) -> None:
+    def fetch(self, shard: int, keep_open: bool = False) -> None:
         """Lets a shard and its table be in the cache; of several processes that want it, one fetches.
+
+        Args:
+            shard: Its number.
+            keep_open: Whether this process is to read from it.
 
         Raises:
             DataError: If it cannot be fetched, or the cache cannot hold it.
@@ -258,8 +282,7 @@ class RemoteMembers(Sequence):
         path = self.path(shard)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(path.with_suffix(".lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with _locked(path):
                 if not path.exists():
                     partial = path.with_suffix(".part")
                     _download(self.shards.url(shard), partial)
@@ -267,6 +290,8 @@ class RemoteMembers(Sequence):
                     partial.replace(path)
                     self._make_room(keep=path)
                 os.utime(path)
+                if keep_open:
+                    self._open(shard)
         except OSError as error:
             raise DataError(
                 f"--shard-cache {self.base} cannot take a shard ({error.strerror or error}): free some space there, "
@@ -284,20 +309,41 @@ class RemoteMembers(Sequence):
         return table
 
     def _make_room(self, keep: Path) -> None:
-        """Removes the shards that were opened longest ago until the cache is within its limit."""
+        """Removes the shards that were asked for longest ago until the cache is within its limit and the disk's."""
         found = []
-        for path in self.base.glob("*/*.npy"):
-            shard = path.with_suffix(".tar")
+        for table in self.base.glob("*/*.npy"):
+            path = table.with_suffix(".tar")
             try:
-                found.append((shard.stat().st_mtime_ns, shard.stat().st_size, shard))
+                found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
             except FileNotFoundError:  # another process removes it
                 pass
         held = sum(size for _, size, _ in found)
+        limit = min(self.limit, DISK_SHARE * (held + shutil.disk_usage(self.base).free))
         for _, size, path in sorted(found):
-            if held > self.limit and path != keep:
-                path.unlink(missing_ok=True)
-                path.with_suffix(".npy").unlink(missing_ok=True)
-                held -= size
+            if held > limit and path != keep:
+                try:
+                    with _locked(path, wait=False):
+                        path.unlink(missing_ok=True)
+                        path.with_suffix(".npy").unlink(missing_ok=True)
+                        held -= size
+                except BlockingIOError:  # a process is just opening it
+                    pass
+
+
+@contextmanager
+def _locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Keeps the other threads and processes that ask for it from a shard of the cache.
+
+    Raises:
+        BlockingIOError: Without ``wait``, if one has it.
+    """
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield
+        finally:
+            # Closing is not enough: a process that was forked meanwhile has the file open too.
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def default_cache() -> Path:
@@ -318,7 +364,7 @@ def _download(url: str, target: Path) -> None:
                 raise
             if attempt == ATTEMPTS - 1:
                 raise DataError(
-                    f"--data-path: {url} could not be fetched in {ATTEMPTS} attempts ({error}): look at the address "
+                    f"--data-path: {url} could not be fetched in {ATTEMPTS} attempts ({_reason(error)}): look at the address "
                     "and the network; the same command with --auto_reload continues"
                 ) from error
         time.sleep(PAUSE_S * 2**attempt)

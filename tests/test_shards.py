@@ -209,7 +209,7 @@ def test_the_cache_keeps_to_its_limit(folder: Path, tmp_path: Path) -> None:
     args = remote_args(f"pipe:cat {folder}/{{}}", tmp_path, shard_cache_gb=limit / 2**30)
     dataset, _ = datasets.build_dataset(True, args)
     expected = [int(label) for label in np.load(folder / "train.npy")["label"]]
-    for index in np.random.RandomState(0).permutation(TRAIN)[:20].tolist():
+    for index in np.random.RandomState(0).permutation(TRAIN)[:12].tolist():
         member, label = dataset.samples[index]
         assert label == expected[int(member.name.partition("-")[0])]
         assert datasets.load_image(member).mode == "RGB"
@@ -410,7 +410,7 @@ def test_unusable_local_shards_are_explained(spoil: object, message: str, copy: 
         ("", "--data-path is missing"),
         ("/nowhere/at/all", "--data-path /nowhere/at/all is no folder"),
         ("pipe:cat /somewhere", "put {} where the command takes a file's name"),
-        ("what://is/this", "no index of shards|no readable index"),
+        ("s3://bucket/shards", "s3:// cannot be opened, only .*https.*pipe:aws s3 cp"),
     ],
 )
 def test_unusable_addresses_are_explained(path: str, message: str) -> None:
