@@ -364,8 +364,8 @@ def _download(url: str, target: Path) -> None:
                 raise
             if attempt == ATTEMPTS - 1:
                 raise DataError(
-                    f"--data-path: {url} could not be fetched in {ATTEMPTS} attempts ({_reason(error)}): look at the address "
-                    "and the network; the same command with --auto_reload continues"
+                    f"--data-path: {url} could not be fetched in {ATTEMPTS} attempts ({_reason(error)}): look at "
+                    "the address and the network; the same command with --auto_reload continues"
                 ) from error
         time.sleep(PAUSE_S * 2**attempt)
 

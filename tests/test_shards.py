@@ -1,8 +1,10 @@
 """WebDataset shards: local ones are the tree they were made from, remote ones are exact in an order of their own."""
 
 import json
+import multiprocessing
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -155,6 +157,32 @@ def test_remote_images_are_fetched_once_and_do_not_depend_on_the_workers(
         assert torch.equal(images, others) and torch.equal(labels, other_labels)
     fetched = {name: count for name, count in server.asked.items() if name.startswith("train")}
     assert 0 < len(fetched) <= 3 and set(fetched.values()) == {1}  # 11 different images: of one to three shards of 7
+
+
+def test_shards_are_fetched_before_they_are_needed(server: Server, tmp_path: Path) -> None:
+    loader = loader_of(remote_args(server.url, tmp_path), num_workers=0)
+    keys = iter(loader.sampler)
+    next(keys)
+    wanted = {loader.dataset.dataset.remote.path(index // 7) for index, _ in loader.sampler.sampler}
+    deadline = time.monotonic() + 60
+    while set(tmp_path.glob("*/train-*.tar")) != wanted:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(list(keys)) == TRAIN // 2 - 1
+
+
+def test_a_fork_does_not_keep_a_shard_locked(tmp_path: Path) -> None:
+    with shards._locked(tmp_path / "shard.tar"):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        with pytest.raises(BlockingIOError), shards._locked(tmp_path / "shard.tar", wait=False):
+            pass
+    try:
+        with shards._locked(tmp_path / "shard.tar", wait=False):
+            assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_remote_images_are_those_of_the_tree(tree: Path, server: Server, tmp_path: Path) -> None:
@@ -430,6 +458,8 @@ def test_shards_without_names_of_classes_need_the_number(copy: Path) -> None:
     spoil_info(copy, classes=[])
     with pytest.raises(DataError, match="--num-classes"):
         datasets.count_classes(make_args(copy, data_set="wds"))
+    flags = ("--data-set", "wds", "--data-path", f"pipe:cat {copy}/{{}}", "--shard-cache", copy / "cache")
+    call_main(*TINY, *flags, "--num-classes", 3)
     assert len(datasets.build_dataset(True, make_args(copy, data_set="wds", num_classes=3))[0]) == TRAIN
     index_shards(copy)
     shards.read_info.cache_clear()
