@@ -118,6 +118,9 @@ def descriptor(path: str) -> int:
     file = _open_files.pop(path, None)
     if file is None:
         file = os.open(path, os.O_RDONLY)
+        for other, held in list(_open_files.items()):
+            if os.fstat(held).st_nlink == 0:  # removed, but on the disk for as long as it is open
+                os.close(_open_files.pop(other))
         while len(_open_files) >= MAX_OPEN_FILES:
             os.close(_open_files.popitem(last=False)[1])
     _open_files[path] = file

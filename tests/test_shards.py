@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import shutil
 import threading
 import time
@@ -21,6 +22,7 @@ from test_datasets import make_args
 from test_resume import assert_same_results
 from torch.utils.data import DataLoader
 
+import archives
 import datasets
 import shards
 import utils
@@ -244,6 +246,8 @@ def test_the_cache_keeps_to_its_limit(folder: Path, tmp_path: Path) -> None:
         kept = list(tmp_path.glob("*/*.tar"))
         assert sum(path.stat().st_size for path in kept) <= limit
         assert {path.stem for path in tmp_path.glob("*/*.npy")} == {path.stem for path in kept}
+        ours = [file for path, file in archives._open_files.items() if path.startswith(str(tmp_path))]
+        assert sum(os.fstat(file).st_nlink == 0 for file in ours) <= 1  # what is removed does not fill the disk
 
 
 def test_another_index_at_the_same_address_is_another_data_set(tree: Path, copy: Path, tmp_path: Path) -> None:
