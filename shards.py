@@ -100,6 +100,8 @@ def read_info(root: str) -> tuple[dict[str, Any], str]:
             for split in info["splits"].values():
                 if len(split["filenames"]) != len(split["shard_lengths"]):
                     raise ValueError("filenames and shard_lengths differ in number")
+                if not all(isinstance(length, int) and length >= 0 for length in split["shard_lengths"]):
+                    raise ValueError("shard_lengths are no numbers of images")
             return info, hashlib.sha256(content).hexdigest()[:16]
         except OSError as error:
             problems.append(f"{name}: {_reason(error)}")
@@ -134,7 +136,7 @@ def open_split(root: str, split: str) -> Shards:
     found = next((info["splits"][name] for name in SPLIT_NAMES[split] if name in info["splits"]), None)
     if found is None:
         raise DataError(f"--data-path {root}: the index has no split {split}, only {', '.join(info['splits'])}")
-    names, lengths = [str(name) for name in found["filenames"]], [int(length) for length in found["shard_lengths"]]
+    names, lengths = [str(name) for name in found["filenames"]], found["shard_lengths"]
     bad = next((name for name in names if not SHARD_NAME.fullmatch(name)), None)
     if bad is not None:
         raise DataError(
