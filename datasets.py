@@ -1,10 +1,13 @@
 """Images: which files make up a data set, how they become tensors, and how they are loaded.
 
+A file is a path, or a ``Member`` of an archive or a shard that is read in place (``archives.py``, ``shards.py``).
+
 ``build_dataset`` and ``build_transform`` take the parsed arguments with DeiT's flag names. Whatever is wrong with the
 data is a ``DataError`` of one sentence that names the flag, the path and the way out.
 """
 
 import gzip
+import io
 import json
 import multiprocessing
 import os
@@ -30,7 +33,9 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, DatasetFolder, FashionMNIST, ImageFolder, VisionDataset
 from torchvision.datasets.folder import find_classes
 
-from samplers import AddressedSampler
+import archives
+import shards
+from archives import DataError, Member
 
 # Number of classes each data set is known for; the trees on disk are counted and may hold another number.
 NOMINAL_CLASSES = {
@@ -42,7 +47,7 @@ NOMINAL_CLASSES = {
     "INAT": 8142,
     "INAT19": 1010,
 }
-DATA_SETS = (*NOMINAL_CLASSES, "FOLDER")
+DATA_SETS = (*NOMINAL_CLASSES, "FOLDER", "wds")
 INAT_YEARS = {"INAT": 2018, "INAT19": 2019}
 AUTO_AUGMENT_FAMILIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
 
@@ -62,8 +67,7 @@ IMAGE_ERRORS = (
 )
 
 
-class DataError(ValueError):
-    """The data cannot be used as asked; the message is one sentence for the user."""
+File = str | Member
 
 
 class BadImageError(DataError):
@@ -88,11 +92,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_image(path: str) -> Image.Image:
+def load_image(path: File) -> Image.Image:
     """Reads an image file as RGB.
 
     Args:
-        path: File of any format Pillow reads.
+        path: File of any format Pillow reads, on disk or in an archive.
 
     Raises:
         BadImageError: If the file cannot be read.
@@ -100,14 +104,18 @@ def load_image(path: str) -> Image.Image:
     return decode(open_image(path))
 
 
-def open_image(path: str) -> Image.Image:
+def open_image(path: File) -> Image.Image:
     """Reads the head of an image file: its size is known, its pixels are decoded when they are needed.
 
     Raises:
         BadImageError: If the file cannot be read.
     """
     with _explain_image_errors(path):
-        return Image.open(path)
+        if isinstance(path, str):
+            return Image.open(path)
+        image = Image.open(io.BytesIO(path.read()))
+        image.filename = str(path)  # named by errors while decoding
+        return image
 
 
 def decode(image: Image.Image) -> Image.Image:
@@ -122,7 +130,7 @@ def decode(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _explain_image_errors(path: str) -> Iterator[None]:
+def _explain_image_errors(path: File) -> Iterator[None]:
     with warnings.catch_warnings():
         # Broken EXIF blocks and odd TIFF tags do not touch the pixels, and ImageNet has hundreds of them.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -224,7 +232,7 @@ class ImageTree(ImageFolder):
     """
 
     def __init__(
-        self, root: str | Path, transform: Callable | None = None, loader: Callable[[str], Image.Image] = load_image
+        self, root: str | Path, transform: Callable | None = None, loader: Callable[[File], Image.Image] = load_image
     ) -> None:
         super().__init__(root, transform=transform, loader=loader)
 
@@ -232,6 +240,34 @@ class ImageTree(ImageFolder):
         """Class names in label order, and their labels."""
         classes = class_folders(Path(directory))
         return classes, {name: label for label, name in enumerate(classes)}
+
+
+class MemberImages(DatasetFolder):
+    """Images inside archives or shards.
+
+    Args:
+        root: Where they are, for messages.
+        members: (:class:`Member`, label) of each.
+        classes: Names in label order.
+        transform: Applied to the image that ``loader`` returns.
+        loader: As in ``ImageTree``.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        members: archives.Members | shards.RemoteMembers,
+        classes: list[str],
+        transform: Callable | None = None,
+        loader: Callable[[File], Image.Image] = load_image,
+    ) -> None:
+        # Not DatasetFolder's constructor, which would look for class folders.
+        VisionDataset.__init__(self, str(root), transform=transform)
+        self.loader = loader
+        self.extensions = None
+        self.samples = members
+        self.classes = classes
+        self.remote = members if isinstance(members, shards.RemoteMembers) else None
 
 
 class FlatFashionMNIST(VisionDataset):
@@ -302,7 +338,7 @@ class INaturalistJson(DatasetFolder):
         year: int,
         category: str = "name",
         transform: Callable | None = None,
-        loader: Callable[[str], Image.Image] = load_image,
+        loader: Callable[[File], Image.Image] = load_image,
     ) -> None:
         # Not DatasetFolder's constructor, which would look for class folders.
         VisionDataset.__init__(self, root, transform=transform)
@@ -366,7 +402,7 @@ class SkipBadImages(Dataset):
         self.dataset = dataset
         self.limit = limit
         self.classes = dataset.classes
-        self.targets = dataset.targets
+        self.remote = getattr(dataset, "remote", None)
         self._count = multiprocessing.Value("l", 0)
         self._is_bad = multiprocessing.Array("b", len(dataset), lock=False)
 
@@ -401,14 +437,15 @@ def build_dataset(
     data_config: dict[str, Any] | None = None,
     *,
     transform: Callable | None = None,
-    loader: Callable[[str], Image.Image] = load_image,
+    loader: Callable[[File], Image.Image] = load_image,
 ) -> tuple[Dataset, int]:
     """Data set of the training or the evaluation images, and the number of classes.
 
     Args:
         is_train: Whether to build the training set with its augmentation.
         args: Arguments: ``data_set`` (one of ``DATA_SETS``), ``data_path``, ``inat_category``, what ``build_transform``
-            reads, and, where present, ``download`` (False) and ``skip_bad_images`` (0).
+            reads, and, where present, ``download`` (False), ``skip_bad_images`` (0), ``shard_cache`` and
+            ``shard_cache_gb``.
         data_config: As in ``build_transform``.
         transform: In place of ``build_transform``'s.
         loader: Reads a file for it: ``load_image``, or ``open_image`` for a transform that decodes.
@@ -421,6 +458,9 @@ def build_dataset(
         DataError: If the data are not there or not usable.
     """
     transform = transform or build_transform(is_train, args, data_config)
+    if args.data_set == "wds":
+        dataset = _build_shards(is_train, args, transform, loader)
+        return _skip_bad_images(dataset, args), len(dataset.classes)
     root = _check_root(args)
     if args.data_set in ("CIFAR", "CIFAR10", "FMNIST"):
         dataset = _build_torchvision(is_train, args, root, transform)
@@ -430,14 +470,56 @@ def build_dataset(
         dataset = INaturalistJson(root, is_train, INAT_YEARS[args.data_set], category, transform, loader)
     else:
         _tree_classes(args, root, is_train)
-        try:
-            dataset = ImageTree(root / ("train" if is_train else "val"), transform, loader)
-        except FileNotFoundError as error:
-            raise DataError(f"--data-path {root}: {error}") from error
+        dataset = _build_tree(root, "train" if is_train else "val", transform, loader)
+    return _skip_bad_images(dataset, args), len(dataset.classes)
+
+
+def _skip_bad_images(dataset: DatasetFolder, args: Namespace) -> Dataset:
     limit = getattr(args, "skip_bad_images", 0)
     if limit < 0:
         raise DataError(f"--skip-bad-images must not be negative, got {limit}")
-    return (SkipBadImages(dataset, limit) if limit else dataset), len(dataset.classes)
+    return SkipBadImages(dataset, limit) if limit else dataset
+
+
+def _build_tree(root: Path, split: str, transform: Callable, loader: Callable[[File], Image.Image]) -> DatasetFolder:
+    """Images of one split of a tree, unpacked or in an archive."""
+    found = _find_split(root, split)
+    if isinstance(found, Path):
+        try:
+            return ImageTree(found, transform, loader)
+        except FileNotFoundError as error:
+            raise DataError(f"--data-path {root}: {error}") from error
+    empty = sorted(set(range(len(found.classes))) - set(found.members.targets.tolist()))
+    if empty:
+        names = _shorten([found.classes[label] for label in empty])
+        raise DataError(f"--data-path {root}: found no valid file for the classes {names} of {split}")
+    return MemberImages(root, found.members, found.classes, transform, loader)
+
+
+def _build_shards(
+    is_train: bool, args: Namespace, transform: Callable, loader: Callable[[File], Image.Image]
+) -> MemberImages:
+    root = _shards_root(args)
+    split = shards.open_split(root, "train" if is_train else "val")
+    # Without names of classes, --num-classes has to say how many there are.
+    classes = split.classes or [str(label) for label in range(getattr(args, "num_classes", None) or 0)]
+    if not shards.is_remote(root):
+        return MemberImages(root, shards.local_members(split), classes, transform, loader)
+    folder = getattr(args, "shard_cache", "")
+    cache = Path(folder).expanduser() if folder else shards.default_cache()
+    members = shards.RemoteMembers(split, cache, getattr(args, "shard_cache_gb", 64) * 2**30)
+    return MemberImages(root, members, classes, transform, loader)
+
+
+def _shards_root(args: Namespace) -> str:
+    if not args.data_path:
+        raise DataError("--data-path is missing: give the folder or the address of the shards")
+    if shards.is_remote(args.data_path):
+        return args.data_path
+    root = Path(args.data_path).expanduser()
+    if not root.is_dir():
+        raise DataError(f"--data-path {root} is no folder: --data-set wds needs the folder or the address of shards")
+    return str(root)
 
 
 def count_classes(args: Namespace, is_train: bool = True) -> int:
@@ -450,6 +532,8 @@ def count_classes(args: Namespace, is_train: bool = True) -> int:
     Raises:
         DataError: If the data are not there or not usable.
     """
+    if args.data_set == "wds":
+        return len(shards.class_names(_shards_root(args)))
     root = _check_root(args)
     if args.data_set in ("CIFAR", "CIFAR10", "FMNIST"):
         return NOMINAL_CLASSES[args.data_set]
@@ -487,11 +571,35 @@ def _check_root(args: Namespace) -> Path:
     if not args.data_path:
         raise DataError("--data-path is missing: give the folder of the images")
     root = Path(args.data_path).expanduser()
-    if root.exists() and not root.is_dir():
-        raise DataError(f"--data-path {root} is a file: give the folder of the images, unpacked")
+    archived = args.data_set in ("IMNET", "IMNET100", "FOLDER") and root.suffix.lower() in archives.SUFFIXES
+    if root.exists() and not root.is_dir() and not archived:
+        raise DataError(
+            f"--data-path {root} is a file: give the folder of the images; trees with train/ and val/ may also be in "
+            "a .tar or .zip, not compressed as a whole"
+        )
     if not root.exists() and not getattr(args, "download", False):
         raise DataError(f"--data-path {root} does not exist: give the folder of the images")
     return root
+
+
+def _find_split(root: Path, split: str) -> Path | archives.Tree | None:
+    """One split of a tree: the folder ``root/<split>``, else in ``root/<split>.tar`` or ``.zip``, or in ``root``."""
+    if root.is_file():
+        return archives.read_tree(root, split, alone=False)
+    if (root / split).is_dir():
+        return root / split
+    found = next((path for suffix in archives.SUFFIXES if (path := root / f"{split}{suffix}").is_file()), None)
+    return archives.read_tree(found, split, alone=True) if found else None
+
+
+def _split_classes(root: Path, split: str) -> list[str] | None:
+    """Class names of one split of a tree; None if there is no such split."""
+    found = _find_split(root, split)
+    if isinstance(found, archives.Tree) and not found.classes:
+        raise DataError(
+            f"--data-path {root}: the archive's {split} holds no folders: it should have one for each class"
+        )
+    return class_folders(found) if isinstance(found, Path) else found and found.classes
 
 
 def _tree_classes(args: Namespace, root: Path, is_train: bool) -> list[str]:
@@ -500,28 +608,27 @@ def _tree_classes(args: Namespace, root: Path, is_train: bool) -> list[str]:
     Labels are positions in the sorted names, so a folder that is missing on one side would shift all labels after it.
     Evaluation does without ``train/`` where ``val/`` has every class the named data set is known for.
     """
-    if not is_train and (root / "val").is_dir() and not (root / "train").exists():
-        classes = class_folders(root / "val")
-        if len(classes) == NOMINAL_CLASSES.get(args.data_set):
-            return classes
-    for split in ("train", "val"):
-        if not (root / split).is_dir():
+    found = {split: _split_classes(root, split) for split in ("train", "val")}
+    if not is_train and found["train"] is None and len(found["val"] or ()) == NOMINAL_CLASSES.get(args.data_set):
+        return found["val"]
+    for split, classes in found.items():
+        if classes is None:
+            beside = f" and no {split}.tar or {split}.zip" if root.is_dir() else ""
             raise DataError(
-                f"--data-path {root} has no folder {split}/: --data-set {args.data_set} needs "
+                f"--data-path {root} has no folder {split}/{beside}: --data-set {args.data_set} needs "
                 "train/<class>/ and val/<class>/ with the images of each class"
             )
-    train_classes, val_classes = class_folders(root / "train"), class_folders(root / "val")
-    if train_classes != val_classes:
+    if found["train"] != found["val"]:
         differences = [
-            f"only in {split}/: {_shorten(sorted(set(ours) - set(theirs)))}"
-            for split, ours, theirs in (("train", train_classes, val_classes), ("val", val_classes, train_classes))
-            if set(ours) - set(theirs)
+            f"only in {split}/: {_shorten(sorted(set(found[split]) - set(found[other])))}"
+            for split, other in (("train", "val"), ("val", "train"))
+            if set(found[split]) - set(found[other])
         ]
         raise DataError(
             f"--data-path {root}: train/ and val/ must have the same class folders, or labels would shift; "
             f"{'; '.join(differences)}: add or remove these"
         )
-    return train_classes
+    return found["train"]
 
 
 def _shorten(names: list[str], limit: int = 10) -> str:
@@ -612,7 +719,7 @@ def build_loader(
 
     Args:
         dataset: Data set with integer indices.
-        sampler: ``AddressedSampler`` for training, whose ``set_epoch`` is to be called before each epoch; for
+        sampler: ``samplers.AddressedSampler`` for training, whose ``set_epoch`` is to be called before each epoch; for
             evaluation any sampler of integers.
         batch_size: Images a batch of this process.
         num_workers: Worker processes, kept from epoch to epoch; 0 loads in the main process.
@@ -622,7 +729,7 @@ def build_loader(
     Raises:
         DataError: If ``drop_last`` leaves no batch at all.
     """
-    epoch_size = len(sampler.sampler) if isinstance(sampler, AddressedSampler) else len(sampler)
+    epoch_size = len(getattr(sampler, "sampler", sampler))  # a whole one, wherever an AddressedSampler begins
     if drop_last and epoch_size < batch_size:
         raise DataError(
             f"--batch-size {batch_size} is larger than the {epoch_size} training samples "

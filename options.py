@@ -226,14 +226,33 @@ def get_args_parser() -> argparse.ArgumentParser:
         default="/datasets01/imagenet_full_size/061417/",
         type=str,
         metavar="DIR",
-        help="folder of the data set; for ImageNet and FOLDER it holds train/<class>/ and val/<class>/",
+        help="folder of the data set; for ImageNet and FOLDER it holds train/<class>/ and val/<class>/, or train.tar "
+        "and val.tar (or .zip), or is one archive of both, none of them unpacked; for wds a folder of shards or its "
+        "address (https://, gs://, hf://, or a command with {} for a file's name: 'pipe:aws s3 cp s3://bucket/{} -')",
     )
     data.add(
         "--data-set",
         default="IMNET100",
         type=str,
-        choices=["CIFAR", "IMNET", "IMNET100", "INAT", "INAT19", "CIFAR10", "FMNIST", "FOLDER"],
-        help="kind of data set; CIFAR is CIFAR-100, FOLDER any tree of images with one folder a class",
+        choices=["CIFAR", "IMNET", "IMNET100", "INAT", "INAT19", "CIFAR10", "FMNIST", "FOLDER", "wds"],
+        help="kind of data set; CIFAR is CIFAR-100, FOLDER any tree of images with one folder a class, wds WebDataset "
+        "shards (scripts/prepare_wds.py): local ones give the bits of the tree they were made from; remote ones are "
+        "as reproducible, but come in an order of their own, shard after shard, and the three views of --repeated-aug "
+        "stay on one process (docs/data.md)",
+    )
+    data.add(
+        "--shard-cache",
+        default="",
+        metavar="DIR",
+        help="where fetched shards are kept, best a disk of this machine; left out: shards-<uid> in the temporary "
+        "folder",
+    )
+    data.add(
+        "--shard-cache-gb",
+        type=float,
+        default=64.0,
+        metavar="GB",
+        help="how much may be kept there before the oldest shards make room; give 2 or more for each process",
     )
     data.add(
         "--inat-category",
@@ -394,6 +413,7 @@ def check_args(args: argparse.Namespace) -> None:
         args.layer_decay is None or 0 < args.layer_decay <= 1,
         f"--layer-decay {args.layer_decay}: give a number above 0, at most 1 (1: one rate for all)",
     )
+    require(args.shard_cache_gb > 0, f"--shard-cache-gb {args.shard_cache_gb}: give a number above 0")
     require(args.num_classes is None or args.num_classes >= 1, f"--num-classes {args.num_classes}: give 1 or more")
     require(args.clip_grad is None or args.clip_grad >= 0, f"--clip-grad {args.clip_grad}: give 0 (off) or more")
     require(args.mixup_mode in ("batch", "pair", "elem"), f"--mixup-mode {args.mixup_mode}: give batch, pair or elem")

@@ -4,16 +4,31 @@ Training samplers yield ``(index, sample_seed)``: the random draws of a sample b
 to the worker that happens to load it, so neither the number of workers nor a restart changes them.
 """
 
-from collections.abc import Iterator, Sized
+from collections import deque
+from collections.abc import Iterator, Sequence, Sized
+from typing import Any
 
 import numpy as np
 from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
 from torch.utils.data import DistributedSampler, Sampler
 
-__all__ = ["AddressedSampler", "OrderedDistributedSampler", "RASampler", "build_samplers", "sample_seed"]
+from shards import FetchAhead, RemoteMembers
+
+__all__ = [
+    "AddressedSampler",
+    "OrderedDistributedSampler",
+    "RASampler",
+    "ShardSampler",
+    "build_samplers",
+    "sample_seed",
+]
 
 # timm's sampler gives the indices of DeiT's RASampler, and a whole epoch instead of none below 256 images.
 RASampler = RepeatAugSampler
+
+# Of remote shards, in images of one process: how far an image may move from its place in its shard, and how long before
+# it is needed its shard is asked for. At 110 kB an image both together are 1.4 GB of the cache.
+SHUFFLE_WINDOW, LOOK_AHEAD = 8192, 4096
 
 
 def sample_seed(seed: int, rank: int, epoch: int, position: int) -> int:
@@ -80,6 +95,90 @@ class AddressedSampler(Sampler[tuple[int, int]]):
         return len(self.sampler) - self.start
 
 
+class ShardSampler(Sampler[int]):
+    """One rank's images of an epoch, shard after shard, so that each shard is fetched once and by few ranks.
+
+    The shards of an epoch come in a random order, which is the same on all ranks and cut into equal parts, one for each
+    rank. Within its part an image comes up to ``window`` places later than in its shard.
+
+    Args:
+        lengths: Images of each shard.
+        num_samples: Images of this rank in an epoch; as many on every rank. Where they do not add up to all images,
+            some are left out (another set each epoch) or come twice.
+        rank: Rank of this process.
+        seed: Of the order; the same on all ranks. None: images in their own order, for evaluation.
+        repeats: How often an image comes in a row, on the same rank.
+        window: Of the shuffling.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        num_samples: int,
+        rank: int,
+        seed: int | None = None,
+        repeats: int = 1,
+        window: int = SHUFFLE_WINDOW,
+    ) -> None:
+        self.lengths = np.array(lengths)
+        self.num_samples, self.rank, self.seed, self.repeats, self.window = num_samples, rank, seed, repeats, window
+        self.different = -(-num_samples // repeats)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Selects the epoch to iterate."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        images = np.split(np.arange(self.lengths.sum()), self.lengths.cumsum()[:-1])
+        mine = np.arange(self.rank * self.different, (self.rank + 1) * self.different) % self.lengths.sum()
+        if self.seed is None:
+            return iter(mine.tolist())
+        # Not Generator: the numbers of RandomState are the same in every version of numpy.
+        rng = np.random.RandomState(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint32)[0])
+        mine = np.concatenate([images[shard] for shard in rng.permutation(len(images))])[mine]
+        mine = mine[np.argsort(np.arange(len(mine)) + rng.uniform(0, self.window, len(mine)), kind="stable")]
+        return iter(mine.repeat(self.repeats)[: self.num_samples].tolist())
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    @property
+    def num_valid_samples(self) -> int:
+        """Of an evaluation: how many of this rank's first samples are no padding."""
+        return int(np.clip(self.lengths.sum() - self.rank * self.num_samples, 0, self.num_samples))
+
+
+class FetchingSampler(Sampler):
+    """Passes on the keys of a sampler, and has the shards of the next ones fetched meanwhile.
+
+    Args:
+        sampler: Of indices, or of tuples that begin with one.
+        remote: The shards.
+    """
+
+    def __init__(self, sampler: Sampler, remote: RemoteMembers) -> None:
+        self.sampler = sampler
+        self.remote = remote
+
+    def __iter__(self) -> Iterator[Any]:
+        with FetchAhead(self.remote) as shards:
+            waiting = deque()
+            for key in self.sampler:
+                shards.ask(key[0] if isinstance(key, tuple) else key)
+                waiting.append(key)
+                if len(waiting) > LOOK_AHEAD:
+                    yield waiting.popleft()
+            yield from waiting
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __getattr__(self, name: str) -> Any:  # set_epoch, num_valid_samples: as the sampler has them
+        return getattr(self.sampler, name)
+
+
 def build_samplers(
     dataset_train: Sized | None,
     dataset_val: Sized,
@@ -89,8 +188,10 @@ def build_samplers(
     repeated_aug: bool,
     seed: int,
     shard_eval: bool = True,
-) -> tuple[AddressedSampler | None, OrderedDistributedSampler]:
+) -> tuple[AddressedSampler | FetchingSampler | None, OrderedDistributedSampler | FetchingSampler]:
     """Samplers of one rank. No process group is needed.
+
+    Images of remote shards (a data set with ``remote``) come by :class:`ShardSampler`, equally many.
 
     Args:
         dataset_train: Training images; None for evaluation only.
@@ -100,7 +201,7 @@ def build_samplers(
         repeated_aug: Whether an image comes three times in a row (Hoffer et al., "Augment your batch", CVPR 2020); an
             epoch then shows about a third of the images. Otherwise every image comes once.
         seed: Seed of the samples' random draws. The order of the images depends on the epoch alone, as in DeiT: it has
-            to be the same on all ranks.
+            to be the same on all ranks. Of remote shards it depends on the seed too.
         shard_eval: Whether the ranks share the evaluation images; otherwise each evaluates all of them.
 
     Returns:
@@ -115,8 +216,16 @@ def build_samplers(
         raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
     eval_replicas, eval_rank = (world_size, rank) if shard_eval else (1, 0)
     val_sampler = OrderedDistributedSampler(dataset_val, num_replicas=eval_replicas, rank=eval_rank)
+    if remote := getattr(dataset_val, "remote", None):
+        in_turn = ShardSampler(remote.shards.lengths, num_samples=len(val_sampler), rank=eval_rank)
+        val_sampler = FetchingSampler(in_turn, remote)
     if dataset_train is None:
         return None, val_sampler
     sampler_class = RASampler if repeated_aug else DistributedSampler
     train_sampler = sampler_class(dataset_train, num_replicas=world_size, rank=rank, shuffle=True)
-    return AddressedSampler(train_sampler, seed=seed, rank=rank), val_sampler
+    remote = getattr(dataset_train, "remote", None)
+    if remote is None:
+        return AddressedSampler(train_sampler, seed=seed, rank=rank), val_sampler
+    repeats = getattr(train_sampler, "num_repeats", 1)
+    in_turn = ShardSampler(remote.shards.lengths, num_samples=len(train_sampler), rank=rank, seed=seed, repeats=repeats)
+    return FetchingSampler(AddressedSampler(in_turn, seed=seed, rank=rank), remote), val_sampler

@@ -1,18 +1,22 @@
-"""What loading a training image costs a processor core: the plain loader against the fast one, and a look inside.
+"""What loading a training image costs a processor core: from files, an archive or shards, plain or fast.
 
     python scripts/benchmark_data.py                            # photographs made from scikit-learn's two
-    python scripts/benchmark_data.py --data-path /data/imagenet # images of that tree's train/
+    python scripts/benchmark_data.py --data-path /data/imagenet # images of that tree (or archive), spread over it
     python scripts/benchmark_data.py --quick
 
-Both loaders run in turns, each with one worker process, over the same images. A round's cost is the processor time of
-that worker and of the main process that receives its batches, so that other programs hardly disturb it; the ratio is
-the median over the rounds. The device's share of the fast loader (normalisation, erasing) is a line of its own.
+The images are copied to a temporary folder, packed there into one tar and into shards, and read from all three, by the
+plain loader and by --fast-loader. All run in turns, each with one worker process, over the same images in the same
+order. A round's cost is the processor time of that worker and of the main process that receives its batches, so that
+other programs hardly disturb it; the ratio is the median over the rounds. The files lie in the machine's file cache:
+what a disk or a network costs is not in the table. The device's share of the fast loader (normalisation, erasing) and
+what it takes to fetch remote shards are lines of their own.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -33,6 +37,8 @@ import datasets
 import fastload
 import options
 import samplers
+import shards
+from scripts.prepare_wds import prepare_wds
 
 SIZE = (500, 375)  # the most frequent of ImageNet
 
@@ -69,8 +75,56 @@ def make_photographs(folder: Path, number: int, size: tuple[int, int] = SIZE, se
             Image.fromarray(pixels).save(folder / split / "photographs" / f"{i:05}.jpg", quality=quality)
 
 
+def copy_images(source: Path, folder: Path, number: int) -> None:
+    """Copies training images, evenly spread over a tree or an archive, to a small tree; ``val/`` gets one a class."""
+    dataset, _ = datasets.build_dataset(True, recipe_of("FOLDER", source))
+    for i in range(0, len(dataset), -(-len(dataset) // number)):
+        file, label = dataset.samples[i]
+        content = Path(file).read_bytes() if isinstance(file, str) else file.read()
+        for split in ("train", "val"):
+            path = folder / split / dataset.classes[label] / f"{i:08}{Path(str(file)).suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if split == "train" or not any(path.parent.iterdir()):
+                path.write_bytes(content)
+
+
+def recipe_of(data_set: str, path: Path) -> argparse.Namespace:
+    """The default recipe with a data set's flags."""
+    return options.get_args_parser().parse_args(["--data-set", data_set, "--data-path", str(path)])
+
+
+def build_sets(tree: Path, folder: Path, shard_images: int = 64) -> dict[str, Any]:
+    """The training images of a tree, from its files, from an archive and from shards, each plain and fast.
+
+    Args:
+        tree: Of ``train/`` and ``val/``.
+        folder: Gets ``images.tar`` and the folder ``wds``.
+        shard_images: Images of a shard.
+    """
+    archive = Path(shutil.make_archive(str(folder / "images"), "tar", tree))
+    prepare_wds(tree, folder / "wds", (shard_images, float("inf")), seed=0)
+    sets = {}
+    for name, kind, path in (("", "FOLDER", tree), ("archive", "FOLDER", archive), ("wds", "wds", folder / "wds")):
+        recipe = recipe_of(kind, path)
+        sets[name or "plain"] = datasets.build_dataset(True, recipe)[0]
+        sets[f"{name} fast".strip()] = fastload.build_dataset(recipe)[0]
+    return sets
+
+
+def fetching(folder: Path) -> list[dict[str, Any]]:
+    """Milliseconds of processor time an image of fetching remote shards and of indexing them, without a network."""
+    with tempfile.TemporaryDirectory() as cache:
+        split = shards.open_split(f"pipe:cat {folder}/{{}}", "train")
+        remote = shards.RemoteMembers(split, Path(cache), float("inf"))
+        began = sum(os.times()[:4])  # of this process and of its children
+        for shard in range(len(split.names)):
+            remote.fetch(shard)
+        seconds = sum(os.times()[:4]) - began
+    return [dict(loader="wds, remote", stage="fetch (cat), index", ms=1e3 * seconds / len(remote))]
+
+
 def data_table(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the loaders' table and of what they spend their time on.
+    """Rows of the loaders (``loader``, ``images_per_core_s``, ``ratio``) and of their stages (``stage``, ``ms``).
 
     Args:
         args: Reads ``quick``; where present also ``data_path``, ``size``, ``images`` (a round), ``rounds`` and
@@ -80,17 +134,19 @@ def data_table(args: argparse.Namespace) -> list[dict[str, Any]]:
     number = getattr(args, "images", None) or (128 if args.quick else 512)
     rounds = getattr(args, "rounds", None) or (3 if args.quick else 9)
     with tempfile.TemporaryDirectory() as temporary:
-        path = getattr(args, "data_path", None)
-        if not path:
-            make_photographs(Path(temporary), min(number, 256), tuple(getattr(args, "size", None) or SIZE))
-            path = temporary
-        recipe = options.get_args_parser().parse_args(["--data-set", "FOLDER", "--data-path", str(path)])
+        path, tree = getattr(args, "data_path", None), Path(temporary, "tree")
+        if path:
+            copy_images(Path(path), tree, min(number, 256))
+        else:
+            make_photographs(tree, min(number, 256), tuple(getattr(args, "size", None) or SIZE))
+        sets = build_sets(tree, Path(temporary))
         # The order is shuffled and repeated augmentation is off: nothing gains from reading an image twice in a row.
-        sets = {"plain": datasets.build_dataset(True, recipe)[0], "fast": fastload.build_dataset(recipe)[0]}
         rows = compare_loaders(
             sets, min(number, 10 * len(sets["plain"])), rounds, getattr(args, "batch_size", None) or 64
         )
-        rows += stages(sets, recipe, 2 if args.quick else 5)
+        of_files = {name: sets[name] for name in ("plain", "fast")}
+        rows += stages(of_files, recipe_of("FOLDER", tree), 2 if args.quick else 5)
+        rows += fetching(Path(temporary, "wds"))
     print(format_loaders(rows), flush=True)
     return rows
 
@@ -186,7 +242,7 @@ def format_loaders(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measures alone, without the other tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-path", help="tree with train/ and val/; left out: photographs are made")
+    parser.add_argument("--data-path", help="tree or archive of train/ and val/; left out: photographs are made")
     parser.add_argument("--size", type=int, nargs=2, metavar=("W", "H"), help="of these, in pixels; default 500 375")
     parser.add_argument("--images", type=int, help="a round; default 512 (--quick: 128)")
     parser.add_argument("--rounds", type=int, help="default 9 (--quick: 3)")

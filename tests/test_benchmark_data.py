@@ -1,12 +1,14 @@
 """The data and step benchmarks run and report what they should; no test holds a time."""
 
 import os
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from runs import tiny_tree
 
 from scripts import benchmark_data, benchmark_step
 from utils import World
@@ -21,14 +23,28 @@ def test_photographs_are_different_jpeg_files_of_the_size_asked_for(tmp_path: Pa
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads the workers' processor time from Linux's /proc")
-def test_the_data_table_compares_both_loaders_and_names_their_stages(capsys: pytest.CaptureFixture) -> None:
-    rows = benchmark_data.data_table(Namespace(quick=True, images=24, rounds=2, batch_size=8))
+def test_the_data_table_compares_all_sources_and_loaders_and_names_their_stages(capsys: pytest.CaptureFixture) -> None:
+    rows = benchmark_data.data_table(Namespace(quick=True, images=16, rounds=1, batch_size=8))
     loaders = {row["loader"]: row for row in rows if "ratio" in row}
-    assert list(loaders) == ["plain", "fast"] and loaders["plain"]["ratio"] == 1
+    assert list(loaders) == ["plain", "fast", "archive", "archive fast", "wds", "wds fast"]
+    assert loaders["plain"]["ratio"] == 1
     assert all(row["images_per_core_s"] > 0 for row in loaders.values())
     stages = {(row["loader"], row["stage"]) for row in rows if "stage" in row}
     assert {("plain", "RandomErasing"), ("fast", "RandomResizedCropOfFile"), ("fast", "collate")} <= stages
-    assert "| fast |" in capsys.readouterr().out
+    assert ("wds, remote", "fetch (cat), index") in stages
+    assert "| archive fast |" in capsys.readouterr().out
+
+
+def test_a_users_images_are_measured_from_a_tree_or_an_archive(tmp_path: Path) -> None:
+    tree = tiny_tree(tmp_path / "tree", train=30, val=3)
+    archive = shutil.make_archive(str(tmp_path / "images"), "zip", tree)
+    found = []
+    for number, source in enumerate((tree, Path(archive))):
+        benchmark_data.copy_images(source, tmp_path / f"copy-{number}", 10)
+        sets = benchmark_data.build_sets(tmp_path / f"copy-{number}", tmp_path / f"packed-{number}", shard_images=4)
+        found.append({name: [label for _, label in dataset.samples] for name, dataset in sets.items()})
+    assert found[0] == found[1] and len(found[0]) == 6
+    assert all(labels == [0] * 4 + [1] * 3 + [2] * 3 for labels in found[0].values())
 
 
 def test_the_parts_of_a_step_add_up_to_it() -> None:

@@ -366,8 +366,8 @@ def prepare_nothing(root: Path) -> str:
 
 
 def prepare_file(root: Path) -> str:
-    (root / "images.tar").write_bytes(b"")
-    return str(root / "images.tar")
+    (root / "images.7z").write_bytes(b"")
+    return str(root / "images.7z")
 
 
 def prepare_without_val(root: Path) -> str:
@@ -393,7 +393,7 @@ def prepare_empty_class(root: Path) -> str:
     [
         (lambda root: "", "--data-path is missing"),
         (prepare_nothing, "--data-path .*nowhere does not exist"),
-        (prepare_file, "--data-path .*images.tar is a file"),
+        (prepare_file, "--data-path .*images.7z is a file"),
         (prepare_without_val, "--data-path .* has no folder val/"),
         (prepare_empty_split, "--data-path: .*train is empty"),
         (prepare_empty_class, "--data-path .*no valid file for the classes dog"),
