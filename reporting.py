@@ -266,9 +266,11 @@ class Recorder:
             self.log = utils.EpochLog(self.folder / "log.txt", start_epoch)
             done = [line["test_acc1"] for line in utils.EpochLog.read(self.log.path) if "test_acc1" in line]
             self.best_acc1 = max(done, default=-math.inf)
-            # What describe() writes is at step 0, which a run that begins, or begins again, purges too.
             self.begins = fresh or start_epoch == 0
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=0 if self.begins else start_epoch)
+            if self.begins:  # TensorBoard would show the text of an attempt that recorded no epoch beside the new one
+                for file in (self.folder / "tensorboard").glob("events.out.tfevents.*"):
+                    file.unlink()
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_epoch)
 
     def _set_earlier_run_aside(self) -> None:
         log = self.folder / "log.txt"
