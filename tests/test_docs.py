@@ -42,13 +42,13 @@ TINY = {
     "scripts/analyze.py": ("--num-images", "4", "--batch-size", "2"),
     "scripts/benchmark.py": ("--rounds", "1", "--warmup", "0", "--batch-size", "1", "--threads", "1"),
 }
-TINY["main.py"] += ("--num_workers", "0", "--device", "cpu", "--print-freq", "1", "--spectrum-every", "0")
+TINY["main.py"] += ("--num_workers", "0", "--device", "cpu", "--print-freq", "1")
 INSTEAD = {
     "/data/imagenet": "data/imagenet",
     "--device cuda": "--device cpu",
-    "--layer 10": "--layer 1",
+    "--layer 10": "--layer 1",  # of two
     "/path/to/this/repository": str(ROOT),
-}
+}  # fmt: skip
 REST = "--model attnscale_small_12 --data-set FOLDER --data-path data/imagenet"  # of the flags of main.py: "…"
 
 # Pattern of a command -> why it is not run here, or the test that runs it.
@@ -106,9 +106,9 @@ def program_and_flags(command: str) -> tuple[str, list[str]]:
     return program, words[words.index(program) + 1 :]
 
 
-def file_blocks(page: Path) -> dict[str, str]:
-    """Files that the reader is to write: Python blocks whose first line is ``# <path>``."""
-    found = (re.match(r"# (\S+/\S+\.py)\n", block.text) for block in blocks(page) if block.language == "python")
+def file_blocks(page: Path, language: str = "python") -> dict[str, str]:
+    """Files that the reader is to write, or to change: blocks whose first line is ``# <path>``."""
+    found = (re.match(r"# (\S+/\S+\.py)\n", block.text) for block in blocks(page) if block.language == language)
     return {match.group(1): match.string for match in found if match}
 
 
@@ -162,10 +162,9 @@ def copy_code(folder: Path) -> None:
     shutil.copytree(ROOT / "models", folder / "models", ignore=shutil.ignore_patterns("__pycache__"))
 
 
-def apply_diff(text: str, folder: Path) -> None:
+def apply_diff(file: Path, text: str) -> None:
     """Replaces each removed line by the added line after it; a removed line must be there once."""
-    file = folder / re.search(r"^\+\+\+ b/(\S+)$", text, re.MULTILINE).group(1)
-    for old, new in re.findall(r"^-(?!--)(.*)\n\+(.*)$", text, re.MULTILINE):
+    for old, new in re.findall(r"^-(.*)\n\+(.*)$", text, re.MULTILINE):
         assert file.read_text().count(old + "\n") == 1, f"{file.name} has no such line: {old}"
         file.write_text(file.read_text().replace(old, new))
 
@@ -224,12 +223,12 @@ def test_a_page_can_be_followed(page: Path, folder: Path, monkeypatch: pytest.Mo
         copy_code(folder)
     for name, text in file_blocks(page).items():
         (folder / name).write_text(text)
+    for name, text in file_blocks(page, "diff").items():
+        apply_diff(folder / name, text)
     for written in re.findall(r"--output_dir (logs/\w+)", " ".join(all_commands(page))):
         shutil.rmtree(folder / written, ignore_errors=True)  # the page makes it
     for block in blocks(page):
-        if block.language == "diff":
-            apply_diff(block.text, folder)
-        elif block.language == "python" and script and block.text in script:
+        if block.language == "python" and script and block.text in script:
             printed, script = run_python(["-"], script), ""
         elif block.language == "bash":
             runs = [command for command in commands(block.text) if not reason_not_to_run(command)]
