@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -129,7 +129,7 @@ def sample_sheet(
     data_config: dict[str, Any],
     device: torch.device,
     seed: int,
-) -> np.ndarray | None:
+) -> np.ndarray:
     """The first training samples of rank 0, as the model gets them but for mixing, above the names of their classes.
 
     They are drawn as training draws them, addressed by the seed, so looking at them changes no draw of the run. Not
@@ -143,10 +143,8 @@ def sample_sheet(
         seed: Of the run.
 
     Returns:
-        Picture of shape (H, W, 3), uint8; None where the loader streams, so that no sample can be asked for.
+        Picture of shape (H, W, 3), uint8.
     """
-    if isinstance(loader.dataset, IterableDataset):
-        return None
     items = [loader.dataset[key] for key in islice(loader.sampler, SAMPLES)]
     images = default_collate([image for image, _ in items])
     if prepare is not None:
@@ -283,9 +281,7 @@ class Recorder:
             f"--output_dir {self.folder} held an earlier run: moved to {moved} (--auto_reload would continue it)"
         )
 
-    def describe(
-        self, page: str, charts: dict, hyper_parameters: dict[str, float | str], samples: np.ndarray | None
-    ) -> None:
+    def describe(self, page: str, charts: dict, hyper_parameters: dict[str, float | str], samples: np.ndarray) -> None:
         """Writes what stays the same: TensorBoard's text, charts, samples and the run's row of hyper-parameters.
 
         Not ``SummaryWriter.add_hparams``, which makes a second run of it, in a folder of its own: here the row belongs
@@ -301,8 +297,7 @@ class Recorder:
         with utils.explain_write_errors(self.folder):
             self.writer.add_text("run", page, 0)
             self.writer.add_custom_scalars(charts)
-            if samples is not None:
-                self.writer.add_image("training_samples", samples, 0, dataformats="HWC")
+            self.writer.add_image("training_samples", samples, 0, dataformats="HWC")
             for summary in hparams(hyper_parameters, metrics)[:2]:  # the third says that the run has ended
                 self.writer.file_writer.add_summary(summary)
             self.writer.flush()

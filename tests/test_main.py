@@ -562,6 +562,13 @@ def test_tensorboard_holds_the_curves_and_every_lambda(data: Path, tmp_path: Pat
     )
 
 
+def test_evaluating_a_runs_checkpoint_says_nothing_of_training(data: Path, trained: Path) -> None:
+    """With another batch size too: only a run that is continued depends on it."""
+    words = ("--model", "deit_small_12", "--eval", "--resume", trained / "checkpoint.pth", "--batch-size", "8")
+    printed = call_main(*flags(data, None, *words)).stdout
+    assert "Accuracy of the network" in printed and "WARNING" not in printed and "starts at epoch" not in printed
+
+
 def test_nothing_is_written_without_an_output_folder(data: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     call_main(*flags(data))
