@@ -143,14 +143,15 @@ def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: 
         may_be_missing=models.is_remedy_parameter,
     )
     start.full = not finetune and checkpoints.can_resume(start.checkpoint, missing)
-    if args.eval or args.throughput:
-        return
     if not start.full:
         start.epoch = args.start_epoch
-        _logger.info(f"{start.source}: weights only, training starts at epoch {start.epoch}")
+        if not args.eval:
+            _logger.info(f"{start.source}: weights only, training starts at epoch {start.epoch}")
         return
     start.epoch, start.step = saved["epoch"] + 1, saved.get("step", 0)
     start.max_accuracy = dict(saved.get("max_accuracy") or {})
+    if args.eval or args.throughput:  # nothing goes on, so nothing can differ
+        return
     then = saved.get("args") or {}
     now = {name: getattr(args, name) for name in ("batch_size", "grad_accum", "seed", "fast_loader")} | {
         "world_size": world.world_size

@@ -5,7 +5,8 @@ each data set, and tiny files in place of the checkpoints (`readers_folder`). Co
 
 - ``TINY``, flags put behind those of the page: a model of 30,000 parameters, small pictures, one epoch, no workers;
 - ``INSTEAD``, text that names what the reader fills in;
-- the launcher, which is left out: ``tests/test_commands.py`` tests launchers.
+- the launcher, which is left out: ``tests/test_commands.py`` tests launchers;
+- variables before a command, likewise.
 
 What a page says is printed (a ``text`` block after the command's) must be printed, line by line, but for the numbers.
 Commands that are not run are in ``NOT_RUN``, with the reason or the test that runs them; the flags of all others, those
@@ -100,6 +101,8 @@ def program_and_flags(command: str) -> tuple[str, list[str]]:
     for text, ours in INSTEAD.items():
         command = command.replace(text, ours)
     words = shlex.split(command.replace("…", REST if "main.py" in command else ""))
+    while re.match(r"\w+=", words[0]):  # variables of the environment
+        words.pop(0)
     program = next((word for word in words if re.fullmatch(r"main\.py|scripts/\w+\.py", word)), None)
     launchers = ("python", "python3", "torchrun", "srun")
     assert program and words[0] in launchers, f"neither a command of this repository nor in NOT_RUN: {command}"
