@@ -151,6 +151,8 @@ def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: 
         return
     start.epoch, start.step = saved["epoch"] + 1, saved.get("step", 0)
     start.max_accuracy = dict(saved.get("max_accuracy") or {})
+    if args.eval or args.throughput:  # nothing goes on, so nothing can differ
+        return
     then = saved.get("args") or {}
     now = {name: getattr(args, name) for name in ("batch_size", "grad_accum", "seed", "fast_loader")} | {
         "world_size": world.world_size

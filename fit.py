@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from timm.data import resolve_data_config
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
@@ -32,8 +33,12 @@ def fit(
     loader_train: DataLoader,
     loader_val: DataLoader,
     world: World,
+    about: list[str] | None = None,
 ) -> None:
-    """Trains from ``start`` to ``--epochs``: set the rate, one epoch, evaluate, log, save."""
+    """Trains from ``start`` to ``--epochs``: set the rate, one epoch, evaluate, log, save.
+
+    ``about`` are lines on the run, its environment and its model, for TensorBoard's text page.
+    """
     lr = optim.scaled_lr(args, world.world_size)
     plan = optim.lr_plan(args, lr)
     effective = loader_train.batch_size * args.grad_accum * world.world_size
@@ -48,7 +53,9 @@ def fit(
         return
     recorder = None
     if args.output_dir:
-        recorder = utils.on_rank_zero(world, partial(open_recorder, args, start, trainer.bare_model, loader_val))
+        recorder = utils.on_rank_zero(
+            world, lambda: open_recorder(args, start, trainer, loader_train, loader_val, effective, about or [])
+        )
     saver = Saver(args, trainer, world, start.max_accuracy)
     stop = utils.StopSignal(world, args.dist_timeout)
     began = time.time()
@@ -84,15 +91,33 @@ def fit(
         if args.output_dir:
             record(recorder, world, line, trainer.bare_model, rate)
         saver.save(epoch, is_best=best)
+    if args.output_dir:
+        utils.on_rank_zero(world, lambda: recorder.finish())
     _logger.info(f"Training time {timedelta(seconds=int(time.time() - began))}")
 
 
 def open_recorder(
-    args: argparse.Namespace, start: Start, model: nn.Module, loader_val: DataLoader
+    args: argparse.Namespace,
+    start: Start,
+    trainer: engine.Trainer,
+    loader_train: DataLoader,
+    loader_val: DataLoader,
+    effective_batch: int,
+    about: list[str],
 ) -> reporting.Recorder:
-    """Rank 0's writer of epochs, with what ``--spectrum-every`` asks for."""
+    """Rank 0's writer of epochs, with what ``--spectrum-every`` asks for; a run that begins is described first."""
+    model = trainer.bare_model
     watch = reporting.watch_spectrum(model, args.model, loader_val.dataset, args.spectrum_every)
-    return reporting.Recorder(args.output_dir, start.epoch, fresh=not start.full, watch=watch)
+    recorder = reporting.Recorder(args.output_dir, start.epoch, fresh=not start.full, watch=watch)
+    if recorder.begins:
+        data_config = resolve_data_config({}, model=model)
+        recorder.describe(
+            reporting.run_page(args, about),
+            reporting.charts(model, watched=watch is not None),
+            reporting.hyper_parameters(args, effective_batch),
+            reporting.sample_sheet(loader_train, trainer.prepare, data_config, trainer.device, args.seed),
+        )
+    return recorder
 
 
 def record(

@@ -42,13 +42,15 @@ def main(args: argparse.Namespace) -> None:
         datasets.explain_loader_errors(),
     ):
         utils.setup_logging(world.rank)
-        _logger.info(utils.describe_environment(world))
+        about = [utils.describe_environment(world)]
+        _logger.info(about[-1])
         _logger.info(f"arguments: {json.dumps(vars(args), default=str)}")
         utils.seed_everything(args.seed)
 
         start = build.find_start(args)
         model = build.build_model(args, build.num_classes(args, start)).to(world.device)
-        _logger.info(reporting.describe_model(args.model, model, args.input_size, world.device))
+        about.append(reporting.describe_model(args.model, model, args.input_size, world.device))
+        _logger.info(about[-1])
         build.load_start(args, start, model, world)
         amp_dtype = precision(args, world.device)
         if args.throughput:
@@ -61,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
             evaluate(args, model, ema, loader_val, world, amp_dtype)
             return
         trainer = build.build_trainer(args, start, model, ema, world, amp_dtype)
-        fit(args, start, trainer, loader_train, loader_val, world)
+        fit(args, start, trainer, loader_train, loader_val, world, about)
 
 
 def precision(args: argparse.Namespace, device: torch.device) -> torch.dtype:

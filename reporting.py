@@ -1,18 +1,28 @@
 """What a run writes for people: the description of its model, ``log.txt`` and the TensorBoard pages."""
 
+import argparse
 import logging
 import math
+import shlex
 import statistics
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 import models
+import options
 import probe
 import utils
 
@@ -108,6 +118,124 @@ def watch_spectrum(model: nn.Module, name: str, dataset: Dataset, every: int) ->
     return SpectrumWatch(images, every)
 
 
+SAMPLES = 12  # of the first epoch: four images, each augmented three times, in one process of the paper's recipe
+SAMPLES_A_ROW = 6
+CAPTION_PX = 14
+
+
+def sample_sheet(
+    loader: DataLoader,
+    prepare: Callable[[Tensor], Tensor] | None,
+    data_config: dict[str, Any],
+    device: torch.device,
+    seed: int,
+) -> np.ndarray:
+    """The first training samples of rank 0, as the model gets them but for mixing, above the names of their classes.
+
+    They are drawn as training draws them, addressed by the seed, so looking at them changes no draw of the run. Not
+    through an iterator of ``loader``, which would draw a seed from torch's generator.
+
+    Args:
+        loader: Of the training images, at the start of epoch 0.
+        prepare: What the loader has left to the device (see ``engine.Trainer``), or None.
+        data_config: ``timm.data.resolve_data_config({}, model=model)``: ``mean`` and ``std`` of the normalisation.
+        device: Where ``prepare`` works.
+        seed: Of the run.
+
+    Returns:
+        Picture of shape (H, W, 3), uint8.
+    """
+    items = [loader.dataset[key] for key in islice(loader.sampler, SAMPLES)]
+    images = default_collate([image for image, _ in items])
+    if prepare is not None:
+        utils.seed_everything(seed, 0, 0, 0)  # erases what the first step of epoch 0 erases
+        images = prepare(images.to(device)).cpu()
+    mean, std = (torch.tensor(data_config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    levels = (images * std + mean).clamp(0, 1) * 255
+    pixels = levels.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    names = class_names(loader.dataset)
+    return _contact_sheet(pixels, [names[label] if names else str(label) for _, label in items])
+
+
+def class_names(dataset: Dataset) -> list[str] | None:
+    """The names of the labels, from whichever of the nested data sets has them."""
+    while not hasattr(dataset, "classes"):
+        dataset = getattr(dataset, "dataset", None)
+        if dataset is None:
+            return None
+    return dataset.classes
+
+
+def _contact_sheet(pixels: np.ndarray, captions: list[str]) -> np.ndarray:
+    """Pictures (N, H, W, 3) in rows, a caption below each; small ones are enlarged to 96 pixels, for the letters."""
+    zoom = max(1, math.ceil(96 / pixels.shape[2]))
+    pixels = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    height, width = pixels.shape[1] + CAPTION_PX, pixels.shape[2] + 2
+    rows = math.ceil(len(pixels) / SAMPLES_A_ROW)
+    sheet = Image.new("RGB", (width * min(len(pixels), SAMPLES_A_ROW), height * rows), "white")
+    for number, (picture, caption) in enumerate(zip(pixels, captions, strict=True)):
+        tile = Image.new("RGB", (width, height), "white")  # cuts off what is too long of the caption
+        tile.paste(Image.fromarray(picture), (1, 0))
+        ImageDraw.Draw(tile).text((2, pixels.shape[1] + 1), str(caption), fill="black")
+        sheet.paste(tile, (number % SAMPLES_A_ROW * width, number // SAMPLES_A_ROW * height))
+    return np.asarray(sheet)
+
+
+# Where and how a run computes, not what: no columns of the page that compares runs.
+_NO_HPARAMS = frozenset({
+    *("output_dir", "data_path", "num_workers", "pin_mem", "device", "print_freq", "spectrum_every", "download"),
+    *("auto_reload", "start_epoch", "keep_checkpoints", "checkpoint_steps", "list_models", "throughput"),
+    *("eval", "dist_eval", "shard_eval", "world_size", "dist_url", "dist_timeout", "local_rank"),
+})  # fmt: skip
+
+
+def hyper_parameters(args: argparse.Namespace, effective_batch: int) -> dict[str, float | str]:
+    """The flags that make a run what it is, for TensorBoard's page of hyper-parameters: numbers, everything else text.
+
+    The types depend on the flag alone, since TensorBoard takes those of one run for all.
+    """
+    default = options.get_args_parser().get_default
+    table: dict[str, float | str] = {"effective_batch": effective_batch}
+    for name, value in vars(args).items():
+        if name not in _NO_HPARAMS:
+            table[name] = value if type(default(name)) in (int, float) else "" if value is None else str(value)
+    return table
+
+
+def run_page(args: argparse.Namespace, about: list[str]) -> str:
+    """Markdown of what the run is: its command, the lines ``about`` it, and the flags that are not at their default."""
+    default = options.get_args_parser().get_default
+    changed = {name: value for name, value in vars(args).items() if value != default(name)}
+    rows = [f"| `--{name.replace('_', '-')}` | `{value}` |" for name, value in changed.items()]
+    return "\n\n".join([f"    {shlex.join(sys.argv)}", *about, "\n".join(["| flag | value |", "| --- | --- |", *rows])])
+
+
+def charts(model: nn.Module, watched: bool) -> dict[str, dict]:
+    """TensorBoard's page "custom scalars": the curves that belong together in one chart, as patterns of their tags.
+
+    Args:
+        model: Its remedies' parameters get a chart each, with a curve for every layer.
+        watched: Whether ``--spectrum-every`` adds its curves.
+    """
+
+    def lines(*patterns: str) -> list:
+        return ["Multiline", list(patterns)]
+
+    page = {
+        "run": {
+            "accuracy, %": lines("accuracy/.*acc1$"),
+            "loss": lines("loss/"),
+            "learning rate": lines("optimization/lr$"),
+        }
+    }
+    found = {name.rsplit(".", 1)[-1] for name, _ in model.named_parameters() if models.is_remedy_parameter(name)}
+    if found:
+        page["mean lambda by layer"] = {name: lines(rf"remedy_mean/.*\.{name}$") for name in sorted(found)}
+    if watched:
+        page["over-smoothing by layer"] = {name: lines(f"{name}/") for name in SPECTRUM_CURVES}
+    return page
+
+
 class Recorder:
     """``log.txt`` and TensorBoard of one run, written by rank 0 at the end of each epoch.
 
@@ -117,8 +245,11 @@ class Recorder:
         fresh: The run starts anew; files of an earlier run in the same folder are moved into ``earlier-<n>/``.
         watch: What ``--spectrum-every`` adds to the epochs.
 
+    Attributes:
+        begins: No epoch is recorded yet: ``describe`` is to be called, once a run.
+
     Raises:
-        SetupError: If a file cannot be written, here and in ``epoch``.
+        SetupError: If a file cannot be written, here and in every method.
     """
 
     FILES = ["log.txt", "tensorboard"]
@@ -131,6 +262,12 @@ class Recorder:
             if fresh:
                 self._set_earlier_run_aside()
             self.log = utils.EpochLog(self.folder / "log.txt", start_epoch)
+            done = [line["test_acc1"] for line in utils.EpochLog.read(self.log.path) if "test_acc1" in line]
+            self.best_acc1 = max(done, default=-math.inf)
+            self.begins = fresh or start_epoch == 0
+            if self.begins:  # TensorBoard would show the text of an attempt that recorded no epoch beside the new one
+                for file in (self.folder / "tensorboard").glob("events.out.tfevents.*"):
+                    file.unlink()
             self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_epoch)
 
     def _set_earlier_run_aside(self) -> None:
@@ -144,6 +281,33 @@ class Recorder:
             f"--output_dir {self.folder} held an earlier run: moved to {moved} (--auto_reload would continue it)"
         )
 
+    def describe(self, page: str, charts: dict, hyper_parameters: dict[str, float | str], samples: np.ndarray) -> None:
+        """Writes what stays the same: TensorBoard's text, charts, samples and the run's row of hyper-parameters.
+
+        Not ``SummaryWriter.add_hparams``, which makes a second run of it, in a folder of its own: here the row belongs
+        to the run itself, is there from the first epoch on, and its accuracies are the last values of those curves.
+
+        Args:
+            page: From :func:`run_page`.
+            charts: From :func:`charts`.
+            hyper_parameters: From :func:`hyper_parameters`.
+            samples: From :func:`sample_sheet`.
+        """
+        metrics = dict.fromkeys(("accuracy/best_test_acc1", "accuracy/test_acc1", "loss/test_loss"))
+        with utils.explain_write_errors(self.folder):
+            self.writer.add_text("run", page, 0)
+            self.writer.add_custom_scalars(charts)
+            self.writer.add_image("training_samples", samples, 0, dataformats="HWC")
+            for summary in hparams(hyper_parameters, metrics)[:2]:  # the third says that the run has ended
+                self.writer.file_writer.add_summary(summary)
+            self.writer.flush()
+
+    def finish(self) -> None:
+        """Marks the run as finished in TensorBoard's page of hyper-parameters; harmless where it goes on after all."""
+        with utils.explain_write_errors(self.folder):
+            self.writer.file_writer.add_summary(hparams({}, {})[2])
+            self.writer.close()
+
     def epoch(self, line: dict, model: nn.Module, images_per_second: float) -> None:
         """Writes an epoch: ``line`` into ``log.txt``; its curves, the rate and every layer's lambda to TensorBoard."""
         if self.watch is not None:
@@ -154,19 +318,21 @@ class Recorder:
 
     def _write_events(self, line: dict, model: nn.Module, images_per_second: float) -> None:
         epoch = line["epoch"]
+        self.best_acc1 = max(self.best_acc1, line["test_acc1"])
+        self.writer.add_scalar("accuracy/best_test_acc1", self.best_acc1, epoch)
         for name, value in line.items():
-            if name.startswith(("train_", "test_")):
-                kind, quantity = name.split("_", 1)
-                group = "lr" if quantity == "lr" else "loss" if "loss" in quantity else "accuracy"
-                self.writer.add_scalar(f"{group}/{kind}_{quantity}" if group != "lr" else "lr", value, epoch)
+            if name == "train_lr":
+                self.writer.add_scalar("optimization/lr", value, epoch)
+            elif name.startswith(("train_", "test_")):
+                self.writer.add_scalar(f"{'loss' if 'loss' in name else 'accuracy'}/{name}", value, epoch)
             elif name in SPECTRUM_CURVES:
                 for layer, at_layer in enumerate(value):
                     if at_layer is not None:
                         self.writer.add_scalar(f"{name}/layer_{layer:02d}", at_layer, epoch)
-        self.writer.add_scalar("throughput/train_images_per_s", images_per_second, epoch)
+        self.writer.add_scalar("time/train_images_per_s", images_per_second, epoch)
         for name, parameter in model.named_parameters():
             if models.is_remedy_parameter(name):
                 values = parameter.detach().float().cpu()
-                self.writer.add_scalar(f"lambda_mean/{name}", statistics.fmean(values.tolist()), epoch)
-                self.writer.add_histogram(f"lambda/{name}", values, epoch)
+                self.writer.add_scalar(f"remedy_mean/{name}", statistics.fmean(values.tolist()), epoch)
+                self.writer.add_histogram(f"remedy_values/{name}", values, epoch)
         self.writer.flush()

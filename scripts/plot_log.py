@@ -12,11 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")  # no display needed
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # without pyplot: no display and no global state
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's palette, told apart with any kind of colour vision; without its yellow, too faint on white.
@@ -84,7 +82,8 @@ def draw(runs: dict[str, list[dict[str, float]]], output: Path, title: str = "")
         output: The PNG file; its folder must exist.
         title: Above the figure; empty: none.
     """
-    figure, ((loss, accuracy), (lr, close_up)) = plt.subplots(2, 2, figsize=(13, 8.6), layout="constrained")
+    figure = Figure(figsize=(13, 8.6), layout="constrained")
+    (loss, accuracy), (lr, close_up) = figure.subplots(2, 2)
     for index, (name, epochs) in enumerate(runs.items()):
         style = {
             "color": COLOURS[index % len(COLOURS)],
@@ -120,14 +119,13 @@ def draw(runs: dict[str, list[dict[str, float]]], output: Path, title: str = "")
     if any("test_ema_loss" in line for epochs in runs.values() for line in epochs):
         kinds["evaluation of the moving average"] = ":"
     handles = loss.get_legend_handles_labels()[0]
-    handles += [plt.Line2D([], [], color="0.35", linestyle=line, label=kind) for kind, line in kinds.items()]
+    handles += [Line2D([], [], color="0.35", linestyle=line, label=kind) for kind, line in kinds.items()]
     loss.legend(handles=handles, fontsize=8)
     accuracy.legend(fontsize=8, loc="lower right")
     lr.legend(fontsize=8)
     if title:
         figure.suptitle(title)
     figure.savefig(output, dpi=110)
-    plt.close(figure)
 
 
 def describe_best(best: dict[str, float] | None) -> str:

@@ -565,15 +565,25 @@ def test_tensorboard_holds_the_curves_and_every_lambda(data: Path, tmp_path: Pat
     call_main(*flags(data, tmp_path, "--model", "attnfeatscale_small_12", "--epochs", "2"))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     tags = events.Tags()
-    curves = {"loss/train_loss", "loss/test_loss", "accuracy/test_acc1", "accuracy/test_acc5", "lr"}
+    curves = {"loss/train_loss", "loss/test_loss", "accuracy/test_acc1", "accuracy/test_acc5"}
+    curves |= {"accuracy/best_test_acc1", "optimization/lr", "time/train_images_per_s"}
     lambdas = {n for n, _ in tiny_model("attnfeatscale_small_12").named_parameters() if models.is_remedy_parameter(n)}
     assert len(lambdas) == 6
-    assert set(tags["histograms"]) == {f"lambda/{name}" for name in lambdas}
-    assert curves | {"throughput/train_images_per_s"} | {f"lambda_mean/{n}" for n in lambdas} == set(tags["scalars"])
+    assert set(tags["histograms"]) == {f"remedy_values/{name}" for name in lambdas}
+    assert curves | {f"remedy_mean/{name}" for name in lambdas} == set(tags["scalars"])
     for tag in tags["scalars"]:
         assert [event.step for event in events.Scalars(tag)] == [0, 1]
     log = EpochLog.read(tmp_path / "log.txt")
-    assert [event.value for event in events.Scalars("lr")] == pytest.approx([line["train_lr"] for line in log])
+    assert [event.value for event in events.Scalars("optimization/lr")] == pytest.approx(
+        [line["train_lr"] for line in log]
+    )
+
+
+def test_evaluating_a_runs_checkpoint_says_nothing_of_training(data: Path, trained: Path) -> None:
+    """With another batch size too: only a run that is continued depends on it."""
+    words = ("--model", "deit_small_12", "--eval", "--resume", trained / "checkpoint.pth", "--batch-size", "8")
+    printed = call_main(*flags(data, None, *words)).stdout
+    assert "Accuracy of the network" in printed and "WARNING" not in printed and "starts at epoch" not in printed
 
 
 def test_nothing_is_written_without_an_output_folder(data: Path, tmp_path: Path, monkeypatch) -> None:

@@ -1,14 +1,25 @@
-"""``--spectrum-every``: what it adds to a run's log and curves, and that it changes nothing else."""
+"""TensorBoard's pages of a run, and what ``--spectrum-every`` adds to its log and curves; neither changes the run."""
 
+import io
+import itertools
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import TINY, call_main, tiny_tree
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from timm.data import resolve_data_config
 
+import build
 import checkpoints
+import reporting
+import utils
 from options import ArgumentError, check_args, get_args_parser
 from utils import EpochLog
 
@@ -96,3 +107,98 @@ def test_watching_needs_a_folder_to_write_to() -> None:
         check_args(get_args_parser().parse_args(["--spectrum-every", "5"]))
     with pytest.raises(ArgumentError, match="--spectrum-every -1"):
         check_args(get_args_parser().parse_args(["--spectrum-every", "-1", "--output_dir", "logs"]))
+
+
+# ---- TensorBoard -----------------------------------------------------------------------------------------------------
+def events_of(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder / "tensorboard")).Reload()
+
+
+def hparams_of(events: EventAccumulator, tag: str) -> HParamsPluginData:
+    return HParamsPluginData.FromString(events.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content)
+
+
+@pytest.mark.parametrize("loader", [(), ("--fast-loader",)])
+def test_the_sheet_of_samples_shows_the_first_batch_as_training_gets_it(
+    loader: tuple, data: Path, tmp_path: Path
+) -> None:
+    words = (*TINY, "--data-path", str(data), "--batch-size", "12", *loader)
+    call_main(*words, "--output_dir", str(tmp_path))
+    (event,) = events_of(tmp_path).Images("training_samples")
+    sheet = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+    zoom, height, width = 3, 96 + reporting.CAPTION_PX, 96 + 2
+    assert sheet.shape == (2 * height, 6 * width, 3)
+
+    args = get_args_parser().parse_args([*words])
+    cpu = utils.World(0, 0, 1, torch.device("cpu"))
+    model = build.build_model(args, 3)
+    trainer = build.build_trainer(args, build.Start(), model, None, cpu, torch.float32)
+    images, labels = next(iter(build.build_loaders(args, model, cpu)[0]))
+    utils.seed_everything(args.seed, 0, 0, 0)
+    images = images if trainer.prepare is None else trainer.prepare(images)
+    config = resolve_data_config({}, model=model)
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        tile = sheet[number // 6 * height :, number % 6 * width :][:height, :width]
+        shown = torch.from_numpy(tile[1:96:zoom, 2:98:zoom].copy()) / 255  # the middles of the enlarged pixels
+        expected = image.permute(1, 2, 0) * torch.tensor(config["std"]) + torch.tensor(config["mean"])
+        torch.testing.assert_close(shown, expected.clamp(0, 1), atol=0.6 / 255, rtol=0)
+        caption = Image.fromarray(tile[96:])
+        others = [Image.fromarray(reporting._contact_sheet(np.zeros((1, 96, 96, 3), np.uint8), [f"class_{n}"])[96:])
+                  for n in range(3)]  # fmt: skip
+        assert [caption == other for other in others] == [n == label for n in range(3)]
+
+
+def test_looking_at_samples_changes_no_draw(data: Path, tmp_path: Path) -> None:
+    words = (*TINY, "--data-path", str(data), "--fast-loader", "--epochs", "3", "--lr", "0.05", "--drop", "0.1")
+    printed = [call_main(*words, *more).stdout for more in ((), ("--output_dir", str(tmp_path)))]
+    plain, looked_at = (re.findall(r"^(?:Averaged stats|\* Acc).*", text, re.MULTILINE) for text in printed)
+    assert len(plain) == 6 and plain == looked_at
+
+
+def test_a_run_is_described_once_and_is_one_row_of_hyper_parameters(data: Path, tmp_path: Path) -> None:
+    """Also after it went on: the row shows the accuracies of the last epoch."""
+    words = ("--auto_reload", "--model", "featscale_small_12", "--clip-grad", "1")
+    run(data, tmp_path, *words, "--epochs", "2", "--spectrum-every", "1")
+    run(data, tmp_path, *words, "--epochs", "4", "--spectrum-every", "1")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_dir()] == ["tensorboard"]  # no run within the run
+    events = events_of(tmp_path)
+    (text,) = events.Tensors("run/text_summary")
+    page = text.tensor_proto.string_val[0].decode()
+    assert "main.py --model attnscale_small_12" in page and "model: featscale_small_12, " in page
+    assert "1 process(es) on CPU" in page and "| `--clip-grad` | `1.0` |" in page and "--momentum" not in page
+    assert len(events.Images("training_samples")) == 1
+
+    start = hparams_of(events, "session_start_info").session_start_info.hparams
+    assert (start["lr"].number_value, start["clip_grad"].string_value) == (0.05, "1.0")
+    assert start["model"].string_value == "featscale_small_12" and start["effective_batch"].number_value == 4
+    experiment = hparams_of(events, "experiment").experiment
+    assert {info.name for info in experiment.hparam_infos} == set(start)
+    assert hparams_of(events, "session_end_info").session_end_info.status  # finished
+    log = EpochLog.read(tmp_path / "log.txt")
+    shown = {
+        info.name.tag: [event.value for event in events.Scalars(info.name.tag)] for info in experiment.metric_infos
+    }
+    accuracies = [line["test_acc1"] for line in log]
+    assert len(log) == 4 and shown == {
+        "accuracy/best_test_acc1": pytest.approx([*itertools.accumulate(accuracies, max)]),
+        "accuracy/test_acc1": pytest.approx(accuracies),
+        "loss/test_loss": pytest.approx([line["test_loss"] for line in log]),
+    }
+
+
+def test_every_chart_of_the_layout_has_curves(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path, "--model", "attnfeatscale_small_12", "--spectrum-every", "1", "--eval-ema")
+    events = events_of(tmp_path)
+    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    curves = {
+        chart.title: [tag for tag in events.Tags()["scalars"] if any(re.match(p, tag) for p in chart.multiline.tag)]
+        for category in layout.category
+        for chart in category.chart
+    }
+    assert sorted(curves["accuracy, %"]) == [f"accuracy/{n}acc1" for n in ("best_test_", "test_", "test_ema_")]
+    assert sorted(curves["loss"]) == ["loss/test_ema_loss", "loss/test_loss", "loss/train_loss"]
+    assert sorted(curves["lamb"]) == ["remedy_mean/blocks.0.attn.lamb", "remedy_mean/blocks.1.attn.lamb"]
+    assert {name for name, tags in curves.items() if len(tags) == 2} > {"lamb", "lamb1", "lamb2"}
+    assert all(curves.values()) and len(curves) == 3 + 3 + 4
+    groups = {tag.split("/")[0] for tag in events.Tags()["scalars"] if not tag.startswith("spectrum_")}
+    assert groups == {"accuracy", "loss", "optimization", "remedy_mean", "time"}

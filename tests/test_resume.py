@@ -77,11 +77,13 @@ def assert_same(ours: object, theirs: object, where: str) -> None:
 
 
 def assert_events_are_complete(folder: Path) -> None:
-    """TensorBoard shows each epoch once, with the values of log.txt; what a killed attempt had written is purged."""
+    """TensorBoard shows each epoch and the samples once; what a killed attempt had written is purged."""
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     lines = utils.EpochLog.read(folder / "log.txt")
     shown = [(event.step, event.value) for event in events.Scalars("accuracy/test_acc1")]
     assert shown == [(line["epoch"], pytest.approx(line["test_acc1"])) for line in lines]
+    assert [event.step for event in events.Images("training_samples")] == [0]
+    assert [event.step for event in events.Tensors("run/text_summary")] == [0]
 
 
 # ---- SIGKILL ---------------------------------------------------------------------------------------------------------
