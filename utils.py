@@ -180,8 +180,10 @@ def _join(world: World, dist_url: str, timeout_s: int) -> None:
     timeout = timedelta(seconds=timeout_s)
     try:
         store = _meet(world, dist_url, timeout)
-        # torchrun keeps its store from one restart to the next, with the addresses of the processes that are dead.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # torchrun may keep its store from one restart to the next, with the addresses of the processes that are dead.
+        # Where it does not, its counts differ between nodes as soon as one node's torchrun was replaced.
+        kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
         dist.init_process_group(
             "nccl" if world.device.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"attempt-{attempt}", store),
