@@ -184,6 +184,8 @@ def write(
             _rename(old, previous)
     except (OSError, RuntimeError) as error:
         # While a failed write is on its way out, torch's writer raises a RuntimeError about its position.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise CheckpointError(
             f"{path} could not be written ({_first_line(cause)}); earlier checkpoints are untouched: "

@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import struct
+import sys
 import threading
 import warnings
 import zlib
@@ -21,6 +22,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -756,9 +758,21 @@ def _leave_signals_to_main(worker_id: int) -> None:
     end: the main process then still needs batches until it has saved, and would take a worker's death for an error.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _report_unless_main_has_left
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_main_asks, args=(os.getppid(),), daemon=True).start()
+
+
+def _report_unless_main_has_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A worker's ``sys.excepthook``, without what only says that the main process went away during a hand-over.
+
+    Python hands the file descriptor of a batch's shared memory over a socket, in a thread of the worker
+    (``multiprocessing.resource_sharer``) that reports a closed socket here. Why the main process left is its to say.
+    """
+    in_thread = threading.current_thread() is not threading.main_thread()
+    if not (in_thread and issubclass(kind, ConnectionError | EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_when_main_asks(main: int) -> None:

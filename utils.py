@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -178,9 +179,11 @@ def lost_peer(error: RuntimeError) -> str | None:
 def _join(world: World, dist_url: str, timeout_s: int) -> None:
     timeout = timedelta(seconds=timeout_s)
     try:
-        store, _, _ = next(dist.rendezvous(dist_url, world.rank, world.world_size, timeout=timeout))
-        # torchrun keeps its store from one restart to the next, with the addresses of the processes that are dead.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = _meet(world, dist_url, timeout)
+        # torchrun may keep its store from one restart to the next, with the addresses of the processes that are dead.
+        # Where it does not, its counts differ between nodes as soon as one node's torchrun was replaced.
+        kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
         dist.init_process_group(
             "nccl" if world.device.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"attempt-{attempt}", store),
@@ -191,15 +194,43 @@ def _join(world: World, dist_url: str, timeout_s: int) -> None:
         )
     except (RuntimeError, ValueError) as error:  # torch's DistNetworkError and DistStoreError are RuntimeErrors
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        foreign = any(sign in str(error) for sign in ("EADDRINUSE", "Ping failed", "no answer"))
         hint = (
-            "the port is taken: give the launcher another --master_port"
-            if "EADDRINUSE" in str(error)
+            "the port is taken: give the launcher another --master_port, or set MASTER_PORT where srun starts the run"
+            if foreign
             else "check that every process was started and can reach that address"
         )
         raise SetupError(
             f"rank {world.rank} of {world.world_size} could not join the process group at {where} "
             f"(--dist_url {dist_url}): {hint}"
         ) from error
+
+
+def _meet(world: World, dist_url: str, timeout: timedelta) -> dist.Store:
+    """The store of the rendezvous.
+
+    torch waits without limit for the answer of whoever listens at the address, even if that is another program which
+    never gives one. So the waiting is done by a thread that can be left behind.
+
+    Raises:
+        RuntimeError: If rank 0 cannot be reached within ``timeout``, or something else listens in its place.
+    """
+    outcome: list[dist.Store | Exception] = []
+
+    def meet() -> None:
+        try:
+            outcome.append(next(dist.rendezvous(dist_url, world.rank, world.world_size, timeout=timeout))[0])
+        except Exception as error:  # whatever it is, it is raised again below
+            outcome.append(error)
+
+    thread = threading.Thread(target=meet, daemon=True)
+    thread.start()
+    thread.join(timeout.total_seconds() + 5)  # torch's own limit, which names the reason, comes first
+    if not outcome:
+        raise RuntimeError("no answer")
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
 
 
 class StopSignal:
