@@ -292,7 +292,7 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> t
 
 
 def build_training_set(args: argparse.Namespace, data_config: dict) -> Dataset:
-    """Training images as floats, or with ``--fast-loader`` as bytes that ``Trainer.prepare`` finishes on the device."""
+    """Training images as bytes that ``Trainer.prepare`` finishes on the device; ``--no-fast-loader``: as floats."""
     if args.fast_loader:
         return fastload.build_dataset(args, data_config)[0]
     return datasets.build_dataset(True, args, data_config)[0]

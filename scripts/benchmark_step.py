@@ -83,7 +83,7 @@ class TimedEma(ModelEmaV3):
 
 def build_step(world: utils.World, *flags: str) -> tuple[engine.Trainer, list[tuple[Tensor, Tensor]]]:
     """The recipe's trainer of ``flags`` and two batches of random bytes in the loader's form."""
-    args = options.get_args_parser().parse_args(["--num-classes", str(NUM_CLASSES), "--fast-loader", *flags])
+    args = options.get_args_parser().parse_args(["--num-classes", str(NUM_CLASSES), *flags])
     start = build.Start()
     model = build.build_model(args, NUM_CLASSES).to(world.device)
     ema = TimedEma(model, decay=args.model_ema_decay)

@@ -316,7 +316,7 @@ class Headless(nn.Module):
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_the_flag_chooses_between_bytes_and_floats(photographs: Path, plain: bool) -> None:
-    flags = ["--num_workers", "0", "--batch-size", "4", *([] if plain else ["--fast-loader"])]
+    flags = ["--num_workers", "0", "--batch-size", "4", *(["--no-fast-loader"] if plain else [])]
     args = make_args(photographs, *flags)
     loader, loader_val = build.build_loaders(args, Headless(), World(0, 0, 1, CPU))
     images, _ = next(iter(loader))

@@ -118,7 +118,7 @@ def hparams_of(events: EventAccumulator, tag: str) -> HParamsPluginData:
     return HParamsPluginData.FromString(events.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content)
 
 
-@pytest.mark.parametrize("loader", [(), ("--fast-loader",)])
+@pytest.mark.parametrize("loader", [(), ("--no-fast-loader",)])
 def test_the_sheet_of_samples_shows_the_first_batch_as_training_gets_it(
     loader: tuple, data: Path, tmp_path: Path
 ) -> None:
@@ -149,7 +149,7 @@ def test_the_sheet_of_samples_shows_the_first_batch_as_training_gets_it(
 
 
 def test_looking_at_samples_changes_no_draw(data: Path, tmp_path: Path) -> None:
-    words = (*TINY, "--data-path", str(data), "--fast-loader", "--epochs", "3", "--lr", "0.05", "--drop", "0.1")
+    words = (*TINY, "--data-path", str(data), "--epochs", "3", "--lr", "0.05", "--drop", "0.1")
     printed = [call_main(*words, *more).stdout for more in ((), ("--output_dir", str(tmp_path)))]
     plain, looked_at = (re.findall(r"^(?:Averaged stats|\* Acc).*", text, re.MULTILINE) for text in printed)
     assert len(plain) == 6 and plain == looked_at
