@@ -133,10 +133,13 @@ def as_command(chosen: dict[str, Any], processes: int) -> str:
 
 def results(source: str, checkpoint: dict[str, Any], ema: bool) -> list[tuple[str, int, float, float]]:
     """(weights, epoch, top-1, top-5), from the ``log.txt`` beside the checkpoint; first, if known, of these weights."""
+    file = Path(source).expanduser().with_name("log.txt")
     try:
-        log = read_log(Path(source).parent / "log.txt")
+        log = read_log(file) if file.exists() else []
     except LogError as error:
-        print(f"note: no accuracies in the card: {error}", file=sys.stderr)
+        raise CheckpointError(f"{error}; or move it away: the card then names no accuracies") from error
+    if not log:
+        print(f"note: no accuracies in the card: no log.txt beside {source}", file=sys.stderr)
         return []
     of = {line["epoch"]: line for line in log}
     best = max(log, key=lambda line: line.get("test_acc1", -1))

@@ -28,6 +28,7 @@ class LocalHub:
         repositories: Repository -> file name -> content; one revision each, ``main``.
         requests: Lines such as ``GET /owner/name/resolve/main/model.safetensors``, in their order.
         private: Repositories that were created so.
+        gated: Repositories whose owner has not let us in.
         blobs: SHA-256 -> content that was uploaded and not yet committed.
         corrupt: SHA-256 of files that are sent with a flipped bit.
     """
@@ -36,6 +37,7 @@ class LocalHub:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.requests: list[str] = []
         self.private: set[str] = set()
+        self.gated: set[str] = set()
         self.blobs: dict[str, bytes] = {}
         self.corrupt: set[str] = set()
         self.address = ""
@@ -86,6 +88,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reply(
                 401, headers={"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."}
             )
+            return False
+        if repository in self.hub.gated:
+            self.reply(403, headers={"X-Error-Code": "GatedRepo"})
             return False
         if revision not in (None, "main", self.hub.commit(repository)):
             self.reply(404, headers={"X-Error-Code": "RevisionNotFound"})

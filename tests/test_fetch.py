@@ -159,6 +159,8 @@ def test_without_a_file_name_the_usual_or_only_file_is_taken(
     [
         ("hf-hub:ann/none", "knows no such repository, or it is private: check the name, or `hf auth login`"),
         ("hf-hub:ann/none/x.pth", "knows no such repository"),
+        ("hf-hub:ann/gated", "its owner grants access on its page: ask there, then `hf auth login`"),
+        ("hf-hub:ann/gated/model.safetensors", "its owner grants access"),
         ("hf-hub:ann/plain@v2", "no such revision: give a branch"),
         ("hf-hub:ann/plain@refs/pr/7/x.pth", "no such revision"),
         ("hf-hub:ann/plain/x.pth", r"no x\.pth in that repository; its weights: model\.safetensors: name one"),
@@ -169,6 +171,8 @@ def test_without_a_file_name_the_usual_or_only_file_is_taken(
     ],
 )
 def test_an_address_that_leads_nowhere_is_one_sentence_that_names_it(address: str, message: str, hub: LocalHub) -> None:
+    hub.add("ann/gated", "model.safetensors", save(WEIGHTS))
+    hub.gated.add("ann/gated")
     with pytest.raises(CheckpointError, match=f"^{address}: .*{message}") as caught:
         checkpoints.read(address)
     assert "\n" not in str(caught.value)

@@ -163,7 +163,7 @@ def test_evaluation_crop_is_a_property_of_the_data_config() -> None:
 
 
 def test_pretrained_weights_that_do_not_exist_are_refused_clearly() -> None:
-    with pytest.raises(RuntimeError, match="deit_tiny_24"):
+    with pytest.raises(ValueError, match="deit_tiny_24"):
         timm.create_model("deit_tiny_24", pretrained=True)
 
 

@@ -166,12 +166,16 @@ def test_a_repository_that_everyone_sees_gets_nothing_private(
     assert hub.repositories["ann/open"].keys() == {"notes.txt"}
 
 
-def test_a_model_of_timm_needs_no_import_and_an_unmeasured_file_claims_nothing(tmp_path: Path) -> None:
+def test_a_model_of_timm_needs_no_import_and_an_unmeasured_file_claims_nothing(hub: LocalHub, tmp_path: Path) -> None:
     name = ("--model", "vit_tiny_patch16_224", "--input-size", "32", "--data-set", "IMNET")
     source = write_run(tmp_path / "run", flags=name, step=5)
     push(source, "ann/tiny", "--dry-run", tmp_path / "out", "--license", "cc0-1.0", "--model-kwargs",
          *(f"{key}={value}" for key, value in SIZE.items()))  # fmt: skip
     card = ModelCard.load(tmp_path / "out" / "README.md")
+    hub.add("ann/old", "checkpoint.pth", (source / "checkpoint.pth").read_bytes())
+    push("hf-hub:ann/old", "ann/tiny", "--dry-run", tmp_path / "again", "--model-kwargs",
+         *(f"{key}={value}" for key, value in SIZE.items()))  # fmt: skip
+    assert "Not recorded." in (tmp_path / "again" / "README.md").read_text()
     assert "import models" not in card.text and "trained on 10 classes of ImageNet-1k" in card.text
     assert card.data.eval_results is None and card.data.datasets is None
     config = json.loads((tmp_path / "out" / "config.json").read_text())
