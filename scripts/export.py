@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 import build
 import datasets
 from checkpoints import CheckpointError, load_weights, number_of_classes, read
-from options import ArgumentError, get_args_parser
+from options import ArgumentError, check_args, get_args_parser
 
 ENDINGS = (".safetensors", ".onnx", ".pt2")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -55,11 +55,12 @@ def describe(checkpoint: dict[str, Any], weights: str, args: argparse.Namespace)
     name, input_size = told.get("model"), told.get("input_size")
     if name is not None:
         build.check_model_names(get_args_parser().parse_args(["--model", name]))
-        input_size = input_size or timm.get_pretrained_cfg(name).input_size[-1]
+        input_size = timm.get_pretrained_cfg(name).input_size[-1] if input_size is None else input_size
+    num_classes = told.get("num_classes")
     return {
         "model": name,
         "model_kwargs": told.get("model_kwargs") or {},
-        "num_classes": told.get("num_classes") or number_of_classes(checkpoint[weights]),
+        "num_classes": number_of_classes(checkpoint[weights]) if num_classes is None else num_classes,
         "input_size": input_size,
         "weights": weights,
         "epoch": checkpoint.get("epoch"),
@@ -74,9 +75,11 @@ def build_model(about: dict[str, Any], state_dict: dict[str, Tensor], source: st
         ArgumentError: It cannot be built.
         CheckpointError: The weights are not its weights.
     """
-    args = get_args_parser().parse_args(["--model", about["model"], "--input-size", str(about["input_size"])])
-    args.model_kwargs = about["model_kwargs"]
-    model = build.build_model(args, about["num_classes"])
+    args = get_args_parser().parse_args(["--model", about["model"]])
+    for name in ("input_size", "num_classes", "model_kwargs"):
+        setattr(args, name, about[name])
+    check_args(args)
+    model = build.build_model(args, args.num_classes)
     try:
         load_weights(model, state_dict, source=source)
     except CheckpointError as error:

@@ -211,6 +211,8 @@ def test_models_of_timm_alone_are_described_too(tmp_path: Path) -> None:
         ("good.pth", "x.onnx", ["--input-size", "64"], "--num-classes and --input-size must say what was trained"),
         ("good.pth", "x.safetensors", ["--num-classes", "9"], "must say what was trained"),
         ("good.pth", "x.pt2", ["--model-kwargs", "heads=3"], "got an unexpected keyword argument 'heads'"),
+        ("good.pth", "x.pt2", ["--input-size", "0"], "--input-size 0: give a whole number of 1 or more"),
+        ("good.pth", "x.pt2", ["--num-classes", "-1"], "--num-classes -1: give 1 or more"),
         ("nan.pth", "x.pt2", [], "gives other logits than the model, by up to nan"),
     ],
 )
