@@ -1,79 +1,252 @@
-"""Exports a checkpoint's weights as safetensors, with a JSON file that says which model they belong to.
+"""Exports a checkpoint's model, with a JSON file that says what it is and how to feed it.
 
-python scripts/export.py --checkpoint logs/run/best_checkpoint.pth --output model.safetensors [--ema]
+python scripts/export.py --checkpoint logs/run/best_checkpoint.pth --output model.onnx [--ema]
 
-writes model.safetensors and model.json. The weights are read back and compared before the script reports success.
+The ending of --output says what is written: model.safetensors (the weights), model.onnx (ONNX) or model.pt2
+(torch.export), the latter two whole models for any number of images. The file is read back and compared with the
+model before it gets its name. docs/export.md shows how to use each.
 """
 
 import argparse
+import importlib.util
 import json
+import os
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
+from timm.data import resolve_data_config
+from timm.utils import ParseKwargs
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, so it runs from any folder
 
+import build
+import datasets
 from checkpoints import CheckpointError, read
-from weights import number_of_classes
+from options import ArgumentError, check_args, get_args_parser
+from weights import load_weights, number_of_classes
+
+ENDINGS = (".safetensors", ".onnx", ".pt2")
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+OPSETS, OPSET = range(18, 24), 20  # what torch's exporter writes and onnxruntime reads; torch 2.14's own choice
+BATCH_SIZES = (1, 2, 5)  # 2 is the one that is traced
+TOLERANCE = 1e-4  # of the largest logit, or of 1 where all are smaller
 
 
-def describe(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
-    """What is needed to build the model again, and how good it is; None where the checkpoint does not say.
+def describe(checkpoint: dict[str, Any], weights: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What is needed to build the model again, and how good it is; None where neither file nor flags say.
 
     Args:
         checkpoint: From `checkpoints.read`.
         weights: Its entry that is exported, ``model`` or ``model_ema``.
+        args: Flags; what they give goes before what the checkpoint says.
+
+    Raises:
+        ArgumentError: The model's name is unknown.
     """
-    args = checkpoint.get("args") or {}
+    saved = checkpoint.get("args") or {}
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    told = saved | given
+    name, input_size = told.get("model"), told.get("input_size")
+    if name is not None:
+        build.check_model_names(get_args_parser().parse_args(["--model", name]))
+        input_size = timm.get_pretrained_cfg(name).input_size[-1] if input_size is None else input_size
+    num_classes = told.get("num_classes")
     return {
-        "model": args.get("model"),
-        "model_kwargs": args.get("model_kwargs"),
-        "num_classes": args.get("num_classes") or number_of_classes(checkpoint[weights]),
-        "input_size": args.get("input_size"),
+        "model": name,
+        "model_kwargs": told.get("model_kwargs") or {},
+        "num_classes": number_of_classes(checkpoint[weights]) if num_classes is None else num_classes,
+        "input_size": input_size,
         "weights": weights,
         "epoch": checkpoint.get("epoch"),
         "max_accuracy": checkpoint.get("max_accuracy"),
     }
 
 
-def export(source: str, output: Path, ema: bool) -> dict[str, Any]:
-    """Writes ``output`` and its ``.json``, and returns the content of the latter.
+def build_model(about: dict[str, Any], state_dict: dict[str, Tensor], source: str) -> nn.Module:
+    """The described model with its weights, for evaluation.
 
     Raises:
-        CheckpointError: The source cannot be read or has no EMA weights, or the output has another ending.
-        AssertionError: What was written differs from what was read.
+        ArgumentError: It cannot be built.
+        CheckpointError: The weights are not its weights.
     """
-    if output.suffix != ".safetensors":
-        raise CheckpointError(f"--output {output}: must end in .safetensors")
-    checkpoint = read(source)
-    weights = "model_ema" if ema else "model"
+    args = get_args_parser().parse_args(["--model", about["model"]])
+    for name in ("input_size", "num_classes", "model_kwargs"):
+        setattr(args, name, about[name])
+    check_args(args)
+    model = build.build_model(args, args.num_classes)
+    try:
+        load_weights(model, state_dict, source=source)
+    except CheckpointError as error:
+        fault = str(error).rpartition(": ")[0]  # without the way out, which is main.py's
+        flags = "--model, --model-kwargs, --num-classes and --input-size"
+        raise CheckpointError(f"{fault}: {flags} must say what was trained; main.py --finetune adapts") from error
+    return model.eval().requires_grad_(False)
+
+
+def preprocessing(model: nn.Module, input_size: int, crop_ratio: float | None) -> dict[str, Any]:
+    """The steps from an RGB image to the model's input, those of this repository's evaluation.
+
+    The shorter side becomes ``resize`` pixels, the centre ``crop`` x ``crop`` is cut out, values from 0 to 1 are
+    normalised with ``mean`` and ``std``.
+    """
+    config = resolve_data_config({}, model=model)
+    args = argparse.Namespace(input_size=input_size, eval_crop_ratio=crop_ratio)
+    resize, crop = datasets.build_transform(False, args, config).transforms[:2]
+    return {
+        "resize": resize.size,
+        "interpolation": config["interpolation"],
+        "crop": crop.size[0],
+        "mean": config["mean"],
+        "std": config["std"],
+    }
+
+
+def write_onnx(program: torch.export.ExportedProgram, path: Path, opset: int) -> Callable[[Tensor], Tensor]:
+    """Writes ONNX, one file up to 1.5 GiB of weights, and returns it as onnxruntime runs it on the CPU."""
+    import onnxruntime  # not everybody who exports weights has it
+
+    names = dict(input_names=["images"], output_names=["logits"])
+    torch.onnx.export(program, opset_version=opset, verbose=False, **names).save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def write_pt2(program: torch.export.ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
+    """Writes torch.export's archive and returns it as loaded again."""
+    torch.export.save(program, path)
+    return torch.export.load(path).module()
+
+
+def compare(model: nn.Module, exported: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> dict[str, Any]:
+    """How far the logits of ``exported`` are from the model's, on normal noise in batches of several sizes."""
+    generator = torch.Generator().manual_seed(0)
+    differences, logits = [], []
+    for size in BATCH_SIZES:
+        images = torch.randn(size, *shape, generator=generator)
+        expected = model(images)
+        differences.append((exported(images) - expected).abs().max())
+        logits.append(expected.abs().max())
+    # Of tensors, since Python's max() would pass over a NaN.
+    return {
+        "batch_sizes": BATCH_SIZES,
+        "max_difference": torch.stack(differences).max().item(),
+        "largest_logit": torch.stack(logits).max().item(),
+    }
+
+
+def export(args: argparse.Namespace) -> dict[str, Any]:
+    """Writes ``--output`` and its ``.json``, and returns the content of the latter.
+
+    Raises:
+        ArgumentError: A flag is missing or wrong.
+        CheckpointError: The checkpoint cannot be read, or has no EMA weights, or is of another model than is said; or
+            the model cannot be exported, or what was written computes something else.
+    """
+    output, suffix = args.output, args.output.suffix
+    if suffix not in ENDINGS:
+        raise ArgumentError(f"--output {output}: must end in one of {', '.join(ENDINGS)}")
+    if not output.parent.is_dir():
+        raise ArgumentError(f"--output {output}: there is no folder {output.parent}: make it first")
+    if args.opset is not None and suffix != ".onnx":
+        raise ArgumentError(f"--opset {args.opset}: only an --output that ends in .onnx has one")
+    absent = [name for name in ONNX_PACKAGES if suffix == ".onnx" and importlib.util.find_spec(name) is None]
+    if absent:
+        raise ArgumentError(f"--output {output} needs {', '.join(absent)}: pip install -r requirements.txt")
+    checkpoint = read(args.checkpoint)
+    weights = "model_ema" if args.ema else "model"
     if checkpoint.get(weights) is None:
-        raise CheckpointError(f"{source}: has no EMA weights: leave --ema out")
+        raise CheckpointError(f"{args.checkpoint}: has no EMA weights: leave --ema out")
     # Tensors that share memory are refused by safetensors, and strided ones change their layout: copy all.
     state_dict = {name: tensor.clone().contiguous() for name, tensor in checkpoint[weights].items()}
-    save_file(state_dict, output, metadata={"format": "pt"})
-    written = load_file(output)
-    torch.testing.assert_close(written, state_dict, rtol=0, atol=0, equal_nan=True)
-    description = describe(checkpoint, weights)
-    output.with_suffix(".json").write_text(json.dumps(description, indent=2) + "\n")
-    return description
+    about = describe(checkpoint, weights, args)
+    missing = [flag for flag in ("model", "num_classes") if about[flag] is None]
+    model = None if missing else build_model(about, state_dict, args.checkpoint)
+    if model is not None:
+        crop_ratio = (checkpoint.get("args") or {}).get("eval_crop_ratio")
+        about["preprocessing"] = preprocessing(model, about["input_size"], crop_ratio)
+    elif suffix != ".safetensors":
+        flags = " and ".join(f"--{flag.replace('_', '-')}" for flag in missing)
+        raise ArgumentError(f"{args.checkpoint} does not say which model it is of: give {flags} (and --model-kwargs)")
+
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
+        path = Path(folder) / output.name
+        if suffix == ".safetensors":
+            path.write_bytes(save(state_dict, metadata={"format": "pt"}))  # save_file hides it from all but its owner
+            torch.testing.assert_close(load_file(path), state_dict, rtol=0, atol=0, equal_nan=True)
+        else:
+            if suffix == ".onnx":
+                about["opset"] = args.opset or OPSET
+            about["check"] = write_and_compare(model, about, path)
+        path.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
+        for file in Path(folder).iterdir():
+            os.replace(file, output.parent / file.name)
+    return about
+
+
+def write_and_compare(model: nn.Module, about: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Writes the computation to ``path``, reads it back and returns what :func:`compare` measured.
+
+    Raises:
+        CheckpointError: It cannot be written, or computes something else.
+    """
+    shape = (model.in_chans, about["input_size"], about["input_size"])
+    any_batch = ({0: torch.export.Dim("batch")},)
+    try:
+        program = torch.export.export(model, (torch.randn(2, *shape),), dynamic_shapes=any_batch)
+        exported = write_onnx(program, path, about["opset"]) if path.suffix == ".onnx" else write_pt2(program, path)
+    except RuntimeError as error:  # what torch's exporters raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{about['model']} cannot be exported to {path.suffix}: {reason}") from error
+    found = compare(model, exported, shape)
+    if not found["max_difference"] <= TOLERANCE * max(1.0, found["largest_logit"]):  # a NaN is refused too
+        raise CheckpointError(
+            f"{about['model']} as {path.suffix} gives other logits than the model, by up to "
+            f"{found['max_difference']:.2g} (the largest is {found['largest_logit']:.2g}); nothing was written"
+        )
+    return found
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="the checkpoint: a path, a URL or hf-hub:owner/name[/file]")
+    parser.add_argument(
+        "--output", required=True, type=Path, help="the file to write: ends in .safetensors, .onnx or .pt2"
+    )
+    parser.add_argument("--ema", action="store_true", help="export the EMA's weights instead of the model's")
+    parser.add_argument(
+        "--opset", type=int, choices=OPSETS, help=f"version of ONNX's operators, for older runtimes; left out: {OPSET}"
+    )
+    model = parser.add_argument_group("model", "Of a checkpoint of this repository all of these are known.")
+    model.add_argument("--model", metavar="NAME", help="as main.py's, where the checkpoint does not say it")
+    model.add_argument("--num-classes", type=int, metavar="N", help="classes of its head")
+    model.add_argument("--input-size", type=int, metavar="PX", help="side of its images; left out: the model's own")
+    model.add_argument("--model-kwargs", nargs="*", action=ParseKwargs, metavar="KEY=VALUE", help="as main.py's")
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="the checkpoint: a path, a URL or hf-hub:owner/name[/file]")
-    parser.add_argument("--output", required=True, type=Path, help="path of the .safetensors file to write")
-    parser.add_argument("--ema", action="store_true", help="export the EMA's weights instead of the model's")
+    parser = get_parser()
     args = parser.parse_args(arguments)
     try:
-        description = export(args.checkpoint, args.output, args.ema)
-    except (CheckpointError, OSError, SafetensorError) as error:
+        about = export(args)
+    except (ArgumentError, CheckpointError, datasets.DataError, OSError) as error:
         parser.error(str(error))
-    print(f"wrote {args.output} and {args.output.with_suffix('.json')}: {json.dumps(description)}")
+    print(f"wrote {args.output} and {args.output.with_suffix('.json')}")
+    if args.output.suffix == ".safetensors":
+        print(f"checked: its {about['weights']} weights equal the checkpoint's bit for bit")
+    else:
+        found = about["check"]
+        print(
+            f"checked: logits within {found['max_difference']:.2g} of the model's (largest: "
+            f"{found['largest_logit']:.2g}) for batches of {', '.join(map(str, BATCH_SIZES))} images"
+        )
 
 
 if __name__ == "__main__":
