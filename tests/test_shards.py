@@ -294,6 +294,9 @@ def test_a_run_on_remote_shards_that_was_stopped_ends_with_the_same_bits(server:
     with Ranks(*flags, "--num_workers", 1, "--output_dir", stopped, folder=stopped) as run:
         assert "auto-reload: continuing from" in run.expect(0)
     assert_same_results(stopped, whole, epochs=2)
+    with Ranks(*flags, "--epochs", 3, "--output_dir", stopped, folder=stopped, processes=1) as run:
+        text = run.expect(0)  # one process goes on where two were
+    assert "'world_size': '2 -> 1'" in text and "Epoch: [2]  [7/8]" in text and "Epoch: [1]" not in text
 
 
 @pytest.mark.slow
