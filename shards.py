@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -44,7 +44,7 @@ INFO_NAMES = ("_info.json", "info.json")
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation")}
 # A shard's name becomes part of a shell's command after pipe:, so it may hold nothing that a shell understands.
 SHARD_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
-ATTEMPTS, PAUSE_S = 5, 1.0  # of fetching a file; pauses double: 15 s in all
+ATTEMPTS, PAUSE_S = 8, 1.0  # of fetching a shard; pauses double: two minutes in all
 FETCHERS = 4  # threads of a process that fetch ahead
 DISK_SHARE = 0.9  # of what is free on the cache's disk or held by the cache: more is never taken
 
@@ -288,7 +288,9 @@ class RemoteMembers(Sequence):
                 if not path.exists():
                     partial = path.with_suffix(".part")
                     _download(self.shards.url(shard), partial)
-                    np.save(path.with_suffix(".npy"), self._scan(partial, shard))
+                    with open(path.with_suffix(".npy"), "wb") as file:
+                        np.save(file, self._scan(partial, shard))
+                        _to_disk(file)
                     partial.replace(path)
                     self._make_room(keep=path)
                 os.utime(path)
@@ -353,13 +355,18 @@ def default_cache() -> Path:
     return Path(tempfile.gettempdir(), f"shards-{os.getuid()}")
 
 
+def _to_disk(file: IO) -> None:
+    """Waits until a file is written: the cache outlives a crash of the machine."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def _download(url: str, target: Path) -> None:
     for attempt in range(ATTEMPTS):
         try:
             with gopen(url, "rb") as stream, open(target, "wb") as file:
                 shutil.copyfileobj(stream, file, 2**20)
-                file.flush()
-                os.fsync(file.fileno())  # the cache outlives the machine's crash
+                _to_disk(file)
             return
         except OSError as error:
             if error.errno == errno.ENOSPC:

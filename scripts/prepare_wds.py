@@ -114,9 +114,7 @@ def check_shard(path: Path, dataset: DatasetFolder, indices: list[int]) -> np.nd
     return table
 
 
-def prepare_wds(
-    data_path: Path, output: Path, limit: tuple[int, int | float], seed: int, splits: tuple[str, ...] = SPLITS
-) -> dict[str, Any]:
+def prepare_wds(data_path: Path, output: Path, limit: tuple[int, int | float], seed: int) -> dict[str, Any]:
     """Writes the shards that are not there yet, and then the index.
 
     Args:
@@ -124,7 +122,6 @@ def prepare_wds(
         output: Folder of the shards; made if needed.
         limit: Largest number of images and of bytes of a shard.
         seed: Of the order.
-        splits: For tests: which to write.
 
     Returns:
         The content of ``_info.json``.
@@ -133,10 +130,12 @@ def prepare_wds(
         DataError: If the tree cannot be used, or ``output`` holds shards of something else.
     """
     args = argparse.Namespace(data_set="FOLDER", data_path=str(data_path))
-    output.mkdir(parents=True, exist_ok=True)
+    if output.is_file():
+        raise DataError(f"--output {output} is a file: give a folder")
     tables = {}
-    for split in splits:
+    for split in SPLITS:
         dataset, _ = datasets.build_dataset(split == "train", args, transform=lambda image: image)
+        output.mkdir(parents=True, exist_ok=True)
         plan = plan_shards(dataset, limit, seed)
         paths = [output / f"{split}-{number:06d}.tar" for number in range(len(plan))]
         foreign = sorted(set(output.glob(f"{split}-*.tar")) - set(paths))
@@ -233,6 +232,9 @@ def main(argv: list[str] | None = None) -> int:
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
     for split in info["splits"].values():
         print(f"{split['name']}: {split['num_samples']} images in {len(split['filenames'])} shards")
     print(f"{len(info['classes'])} classes; train with --data-set wds --data-path {folder}")

@@ -144,6 +144,11 @@ def test_the_command_line_says_what_it_did_and_what_is_wrong(
     assert "train: 100%" in printed.err
     assert prepare_wds.main([*words[:-1], "40"]) == 2
     assert "error: --output" in capsys.readouterr().err
+    assert prepare_wds.main(["--data-path", str(tmp_path / "no"), "--output", str(tmp_path / "new")]) == 2
+    assert "no does not exist" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    assert prepare_wds.main([*words[:3], str(tmp_path / "file")]) == 2
+    assert "file is a file: give a folder" in capsys.readouterr().err
     assert prepare_wds.main(["--index", str(tmp_path)]) == 2
     assert "no train-*.tar and no val-*.tar there" in capsys.readouterr().err
     for bad in (["--shard-size", "0", *words[:4]], ["--shard-size", "1GiB"], ["--data-path", "x"], []):

@@ -199,6 +199,8 @@ def test_remote_images_are_those_of_the_tree(tree: Path, server: Server, tmp_pat
             datasets.AddressedDataset(images)[number, index] for images, number in ((remote, index), (plain, place))
         )
         assert label == expected_label and torch.equal(image, expected)
+    shutil.rmtree(tmp_path)  # somebody clears the cache while a run goes on
+    assert [remote[index][1] for index in range(TRAIN)] == [plain.targets[place] for place in places]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -228,7 +230,7 @@ def test_a_shard_that_cannot_be_fetched_is_named_also_from_a_worker(
     monkeypatch.setattr(shards, "PAUSE_S", 0.01)
     (copy / "val-000001.tar").unlink()
     url = f"pipe:cat {copy}/{{}} 2>/dev/null"
-    message = f"cat {copy}/val-000001.tar .*could not be fetched in 5 attempts.*--auto_reload continues"
+    message = f"cat {copy}/val-000001.tar .*could not be fetched in 8 attempts.*--auto_reload continues"
     for workers in (0, 1):
         with pytest.raises(DataError, match=message):
             list(loader_of(remote_args(url, tmp_path / "cache"), num_workers=workers, rank=1, is_train=False))
@@ -292,6 +294,9 @@ def test_a_run_on_remote_shards_that_was_stopped_ends_with_the_same_bits(server:
     with Ranks(*flags, "--num_workers", 1, "--output_dir", stopped, folder=stopped) as run:
         assert "auto-reload: continuing from" in run.expect(0)
     assert_same_results(stopped, whole, epochs=2)
+    with Ranks(*flags, "--epochs", 3, "--output_dir", stopped, folder=stopped, processes=1) as run:
+        text = run.expect(0)  # one process goes on where two were
+    assert "'world_size': '2 -> 1'" in text and "Epoch: [2]  [7/8]" in text and "Epoch: [1]" not in text
 
 
 @pytest.mark.slow
