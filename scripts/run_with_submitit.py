@@ -157,15 +157,16 @@ def make_executor(job: argparse.Namespace, run: argparse.Namespace) -> submitit.
         executor.update_parameters(
             name=run.model,
             nodes=job.nodes,
-            gpus_per_node=job.ngpus,
+            gpus_per_node=job.ngpus or None,
             tasks_per_node=job.tasks_per_node or max(job.ngpus, 1),
             cpus_per_task=job.cpus_per_task,
             timeout_min=job.timeout,
             stderr_to_stdout=True,
             slurm_signal_delay_s=job.signal_delay,
             slurm_additional_parameters={"requeue": True},
-            # The first process to leave after a preemption must not end the others, nor the job wait for them forever.
-            slurm_srun_args=["--kill-on-bad-exit=0", "--wait=300"],
+            # The first process to leave after a preemption must not end the others, nor the job wait for them forever;
+            # and since Slurm 22.05 srun does not take the cores of a process from sbatch.
+            slurm_srun_args=["--kill-on-bad-exit=0", "--wait=300", f"--cpus-per-task={job.cpus_per_task}"],
             **{f"slurm_{name}": value for name, value in asked.items()},
         )
     except (RuntimeError, ValueError) as error:  # no srun; the local executor has one node

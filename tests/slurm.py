@@ -211,7 +211,7 @@ def job(folder: Path, words: list[str]) -> int:
 def srun(folder: Path, words: list[str]) -> int:
     """Starts the tasks of a step, one after the other on each node; the highest of their codes is its own."""
     parser = argparse.ArgumentParser("srun", allow_abbrev=False)
-    for option in ("--output", "--error", "--kill-on-bad-exit", "--wait"):
+    for option in ("--output", "--error", "--kill-on-bad-exit", "--wait", "--cpus-per-task"):
         parser.add_argument(option)
     parser.add_argument("--unbuffered", action="store_true")
     parser.add_argument("command", nargs=argparse.REMAINDER)
