@@ -96,9 +96,10 @@ class Slurm:
     Args:
         folder: For the commands and their state.
         nodes: Machines; None: both nodes are this machine.
+        restart: Whether a job that is queued again is started again; otherwise it stays in the queue.
     """
 
-    def __init__(self, folder: Path, nodes: Nodes | None = None) -> None:
+    def __init__(self, folder: Path, nodes: Nodes | None = None, restart: bool = True) -> None:
         self.folder = folder
         (folder / "bin").mkdir(parents=True)
         for name in ("sbatch", "srun", "scontrol"):
@@ -108,7 +109,7 @@ class Slurm:
         names = nodes.names if nodes else ("localhost", "localhost")
         enter = [nodes.enter(0), nodes.enter(1)] if nodes else [[], []]
         hosts = "node[1-2]" if nodes else "localhost"
-        state = {"job_id": free_job_id(), "names": names, "enter": enter, "list": hosts}
+        state = {"job_id": free_job_id(), "names": names, "enter": enter, "list": hosts, "restart": restart}
         (folder / "cluster.json").write_text(json.dumps(state))
         path = f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.variables = {STATE: str(folder), "PATH": path}
@@ -203,6 +204,9 @@ def job(folder: Path, words: list[str]) -> int:
         batch.wait()
         (folder / "requeue").unlink()
         _note(folder, "requeued")
+        if not cluster["restart"]:
+            (folder / "code").write_text("0")
+            return 0
     _note(folder, f"ended {batch.returncode}")
     (folder / "code").write_text(str(batch.returncode))
     return 0
