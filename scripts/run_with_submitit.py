@@ -19,13 +19,14 @@ from pathlib import Path
 
 import submitit
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # so it runs from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, so it runs from any folder
 
-import build
-import options
+from build import check_model_names
+from options import ArgumentError, check_args
+from options import get_args_parser as get_run_parser
 from utils import EXIT_BAD_INPUT, EXIT_PREEMPTED, SetupError
 
+ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 120  # Slurm's own end after a SIGTERM comes sooner (its KillWait is 30 s)
 
 
@@ -93,10 +94,9 @@ class Task:
     def _group(self, job: submitit.JobEnvironment) -> dict[str, str]:
         if job.cluster == "slurm":
             return {}
-        group = {"RANK": job.global_rank, "LOCAL_RANK": job.local_rank, "WORLD_SIZE": job.num_tasks}
-        return {name: str(value) for name, value in (group | {"MASTER_PORT": self.port}).items()} | {
-            "MASTER_ADDR": "127.0.0.1"
-        }
+        ranks = {"RANK": job.global_rank, "LOCAL_RANK": job.local_rank, "WORLD_SIZE": job.num_tasks}
+        group = ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.port}
+        return {name: str(value) for name, value in group.items()}
 
     def _stop(self, number: int, frame: object) -> None:
         if number not in (signal.SIGTERM, signal.SIGUSR1):
@@ -157,15 +157,16 @@ def make_executor(job: argparse.Namespace, run: argparse.Namespace) -> submitit.
         executor.update_parameters(
             name=run.model,
             nodes=job.nodes,
-            gpus_per_node=job.ngpus,
+            gpus_per_node=job.ngpus or None,
             tasks_per_node=job.tasks_per_node or max(job.ngpus, 1),
             cpus_per_task=job.cpus_per_task,
             timeout_min=job.timeout,
             stderr_to_stdout=True,
             slurm_signal_delay_s=job.signal_delay,
             slurm_additional_parameters={"requeue": True},
-            # The first process to leave after a preemption must not end the others, nor the job wait for them forever.
-            slurm_srun_args=["--kill-on-bad-exit=0", "--wait=300"],
+            # The first process to leave after a preemption must not end the others, nor the job wait for them forever;
+            # and since Slurm 22.05 srun does not take the cores of a process from sbatch.
+            slurm_srun_args=["--kill-on-bad-exit=0", "--wait=300", f"--cpus-per-task={job.cpus_per_task}"],
             **{f"slurm_{name}": value for name, value in asked.items()},
         )
     except (RuntimeError, ValueError) as error:  # no srun; the local executor has one node
@@ -179,21 +180,21 @@ def check(job: argparse.Namespace, run: argparse.Namespace) -> None:
     Raises:
         ArgumentError: With all that is wrong with the flags.
     """
-    options.check_args(run)
-    build.check_model_names(run)
+    check_args(run)
+    check_model_names(run)
     for flag in ("nodes", "timeout", "cpus_per_task"):
         if getattr(job, flag) < 1:
-            raise options.ArgumentError(f"--{flag} {getattr(job, flag)}: give a whole number of 1 or more")
+            raise ArgumentError(f"--{flag} {getattr(job, flag)}: give a whole number of 1 or more")
     if not run.output_dir and not (run.eval or run.throughput):
-        raise options.ArgumentError("--output_dir is missing: a run that goes back to the queue needs its checkpoints")
+        raise ArgumentError("--output_dir is missing: a run that goes back to the queue needs its checkpoints")
     if not run.output_dir and job.job_dir is None:
-        raise options.ArgumentError("--job_dir is missing: without --output_dir it is the only place for the logs")
+        raise ArgumentError("--job_dir is missing: without --output_dir it is the only place for the logs")
 
 
 def main(words: list[str] | None = None) -> int:
     """Queues the job; waits for its end where there is no queue."""
     job, flags = get_args_parser().parse_known_args(words)
-    run = options.get_args_parser().parse_args(flags)
+    run = get_run_parser().parse_args(flags)
     try:
         check(job, run)
         executor = make_executor(job, run)
@@ -203,7 +204,7 @@ def main(words: list[str] | None = None) -> int:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         submitted = executor.submit(Task(flags, port))
-    except (options.ArgumentError, SetupError, OSError, submitit.core.utils.UncompletedJobError) as error:
+    except (ArgumentError, SetupError, OSError, submitit.core.utils.UncompletedJobError) as error:
         print(f"error: {str(error).strip()}", file=sys.stderr)
         return EXIT_BAD_INPUT
     print(f"job {submitted.job_id} ({executor.cluster}), log of rank 0: {submitted.paths.stdout}", flush=True)

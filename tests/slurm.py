@@ -1,8 +1,8 @@
 """A Slurm of one machine: ``sbatch``, ``srun`` and ``scontrol`` as far as this repository's scripts use them.
 
-An emulation of Slurm, not of anything here: it reads the ``#SBATCH`` lines, gives processes Slurm's variables, and takes
-the job down and starts it again on ``scontrol requeue``. An option it does not know is an error, as with Slurm. Where
-the rights allow it, a node is a network namespace with its own host name and address, joined to the other by a cable.
+An emulation of Slurm, not of anything here: it reads the ``#SBATCH`` lines, gives processes Slurm's variables, and
+takes the job down and starts it again on ``scontrol requeue``. An option it does not know is an error, as with Slurm.
+A node may be a network namespace with its own host name and address, joined to the other by a cable.
 
 Run under the name of a command, this file is that command; imported, it has what tests need.
 """
@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -80,16 +81,25 @@ class Nodes:
             raise NoNamespaces(f"{shlex.join(words)}: {done.stderr.strip()}")
 
 
+def free_job_id() -> str:
+    """A job whose port, 20000 + job id % 20000, is free."""
+    for job in range(os.getpid() % 10_000, 20_000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", 20_000 + job)) != 0:
+                return str(job)
+    raise AssertionError("no free port between 20000 and 40000")
+
+
 class Slurm:
     """The commands on a PATH, and jobs.
 
     Args:
         folder: For the commands and their state.
-        job_id: Of the first job.
         nodes: Machines; None: both nodes are this machine.
+        restart: Whether a job that is queued again is started again; otherwise it stays in the queue.
     """
 
-    def __init__(self, folder: Path, job_id: str, nodes: Nodes | None = None) -> None:
+    def __init__(self, folder: Path, nodes: Nodes | None = None, restart: bool = True) -> None:
         self.folder = folder
         (folder / "bin").mkdir(parents=True)
         for name in ("sbatch", "srun", "scontrol"):
@@ -98,9 +108,11 @@ class Slurm:
             command.chmod(0o755)
         names = nodes.names if nodes else ("localhost", "localhost")
         enter = [nodes.enter(0), nodes.enter(1)] if nodes else [[], []]
-        state = {"job_id": job_id, "names": names, "enter": enter, "list": "node[1-2]" if nodes else "localhost"}
+        hosts = "node[1-2]" if nodes else "localhost"
+        state = {"job_id": free_job_id(), "names": names, "enter": enter, "list": hosts, "restart": restart}
         (folder / "cluster.json").write_text(json.dumps(state))
-        self.variables = {STATE: str(folder), "PATH": f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        path = f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.variables = {STATE: str(folder), "PATH": path}
 
     def __enter__(self) -> "Slurm":
         return self
@@ -192,6 +204,9 @@ def job(folder: Path, words: list[str]) -> int:
         batch.wait()
         (folder / "requeue").unlink()
         _note(folder, "requeued")
+        if not cluster["restart"]:
+            (folder / "code").write_text("0")
+            return 0
     _note(folder, f"ended {batch.returncode}")
     (folder / "code").write_text(str(batch.returncode))
     return 0
@@ -200,7 +215,7 @@ def job(folder: Path, words: list[str]) -> int:
 def srun(folder: Path, words: list[str]) -> int:
     """Starts the tasks of a step, one after the other on each node; the highest of their codes is its own."""
     parser = argparse.ArgumentParser("srun", allow_abbrev=False)
-    for option in ("--output", "--error", "--kill-on-bad-exit", "--wait"):
+    for option in ("--output", "--error", "--kill-on-bad-exit", "--wait", "--cpus-per-task"):
         parser.add_argument(option)
     parser.add_argument("--unbuffered", action="store_true")
     parser.add_argument("command", nargs=argparse.REMAINDER)

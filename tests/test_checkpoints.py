@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -296,6 +297,28 @@ def test_a_write_that_fails_midway_leaves_the_old_checkpoint(state: dict[str, An
     lines = result.stdout.splitlines()
     assert len(lines) == 5 and all("could not be written (OSError: [Errno 27]" in line for line in lines), result
     assert os.listdir(tmp_path) == ["checkpoint.pth"] and checkpoints.latest(tmp_path)[1]["epoch"] == 0
+
+
+def test_ctrl_c_while_saving_is_no_write_error(tmp_path: Path) -> None:
+    """torch's writer answers an interruption in the middle of a file with an error of its own."""
+    checkpoints.write({"epoch": 0, "weights": torch.zeros(3)}, tmp_path / "checkpoint.pth")
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    large = {str(number): torch.zeros(100_000) for number in range(300)}
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for milliseconds in range(1, 11):
+            with pytest.raises(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, milliseconds / 1000)
+                while True:  # a fast disk is done before
+                    checkpoints.write(large, tmp_path / "large_checkpoint.pth", keep_previous=False)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
 
 
 SAVE_AS_NOBODY = """

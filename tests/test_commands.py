@@ -1,7 +1,6 @@
-"""The paper's seven commands as their scripts hold them, and every launcher that ``main.py`` has to understand."""
+"""The paper's seven commands as their scripts hold them, and the launchers of one node (several: test_clusters.py)."""
 
 import argparse
-import os
 import re
 import shutil
 import socket
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from runs import ROOT, TINY, Run, command, environment, expect, free_port, run_main, tiny_tree
+from runs import ROOT, TINY, Run, environment, expect, run_main, tiny_tree
 
 import models
 from checkpoints import read
@@ -212,43 +211,6 @@ def accuracy(output: str, processes: int) -> str:
 def test_launchers_on_one_node(launcher: str, evaluation: tuple[list[str], str]) -> None:
     flags, expected = evaluation
     assert accuracy(run_main(*flags, processes=2, launcher=launcher).stdout, 2) == expected
-
-
-@pytest.mark.slow
-def test_torchrun_on_two_nodes(evaluation: tuple[list[str], str]) -> None:
-    """Two agents with one process each, as on two machines."""
-    flags, expected = evaluation
-    meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=test", "--nnodes=2"]
-    words = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc_per_node=1", "main.py", *flags]
-    with Run(words) as first, Run(words) as second:
-        outputs = [expect(node).stdout for node in (first, second)]
-    assert sum("process(es)" in output for output in outputs) == 1, outputs  # rank 0 speaks, on whichever node it is
-    assert accuracy("".join(outputs), 2) == expected
-
-
-def free_job_id() -> str:
-    """A Slurm job whose port, 20000 + job id % 20000, is free."""
-    for job in range(os.getpid() % 10_000, 20_000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", 20_000 + job)) != 0:
-                return str(job)
-    raise AssertionError("no free port between 20000 and 40000")
-
-
-@pytest.mark.slow
-def test_slurm(evaluation: tuple[list[str], str]) -> None:
-    """srun starts the processes itself and tells them who they are; the rendezvous follows from the job."""
-    flags, expected = evaluation
-    job = free_job_id()
-    ranks = []
-    for rank in ("0", "1"):
-        names = {"PROCID": rank, "NTASKS": "2", "LOCALID": rank, "JOB_ID": job, "JOB_NODELIST": "localhost"}
-        env = environment(**{f"SLURM_{name}": value for name, value in names.items()})
-        ranks.append(Run([*command("plain"), *flags], env))
-    with ranks[0], ranks[1]:
-        outputs = [expect(rank).stdout for rank in ranks]
-    assert accuracy(outputs[0], 2) == expected
-    assert outputs[1] == ""
 
 
 @pytest.mark.slow
