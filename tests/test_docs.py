@@ -166,10 +166,10 @@ def copy_code(folder: Path) -> None:
 
 
 def apply_diff(file: Path, text: str) -> None:
-    """Replaces each removed line by the added line after it; a removed line must be there once."""
-    for old, new in re.findall(r"^-(.*)\n\+(.*)$", text, re.MULTILINE):
-        assert file.read_text().count(old + "\n") == 1, f"{file.name} has no such line: {old}"
-        file.write_text(file.read_text().replace(old, new))
+    """Puts the lines with ``+`` behind the line before them, which must be there once."""
+    for before, added in re.findall(r"^ (.*\n)((?:\+.*\n)+)", text, re.MULTILINE):
+        assert file.read_text().count(before) == 1, f"{file.name} has no such line: {before}"
+        file.write_text(file.read_text().replace(before, before + re.sub(r"^\+", "", added, flags=re.MULTILINE)))
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
