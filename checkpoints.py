@@ -141,22 +141,25 @@ def save(checkpoint: dict[str, Any], folder: str | Path, *, is_best: bool = Fals
     numbered = keep > 0 and checkpoint["step"] == 0 and checkpoint["epoch"] >= 0
     if numbered:
         copies.append(folder / f"checkpoint_{checkpoint['epoch']:04d}.pth")
-    write(checkpoint, folder / CURRENT, copies=copies)
-    if numbered:
-        for old in _numbered(folder)[keep:]:
-            _discard(old)
+    write(checkpoint, folder / CURRENT, copies=copies, keep=keep if numbered else 0)
 
 
 def write(
-    checkpoint: dict[str, Any], path: str | Path, *, keep_previous: bool = True, copies: Sequence[Path] = ()
+    checkpoint: dict[str, Any],
+    path: str | Path,
+    *,
+    keep_previous: bool = True,
+    copies: Sequence[Path] = (),
+    keep: int = 0,
 ) -> None:
     """Writes a checkpoint with its digest so that a kill or power loss at any instant leaves a good file.
 
     The new file is complete and on the disk under a temporary name before it takes the place of the old one, and the
     old one becomes ``<stem>_prev.pth`` only after that, so even a damaged old file never replaces the last good one.
 
-    Further names in ``copies`` are given before that: a run that is killed in between does its last steps again and
-    writes them once more, while a best checkpoint that is missing afterwards would stay missing.
+    Further names in ``copies`` are given before that, and the numbered checkpoints that ``keep`` (see `save`) leaves no
+    place for are removed: a run that is killed in between does its last steps again and does this once more, while a
+    best checkpoint that is missing afterwards would stay missing.
 
     Raises:
         CheckpointError: It could not be written (disk full, read-only folder); what was there is untouched.
@@ -173,6 +176,8 @@ def write(
             os.fsync(file.fileno())
         for copy in copies:
             _duplicate(temporary, copy)
+        for excess in _numbered(path.parent)[keep:] if keep else ():
+            _discard(excess)
         previous = path.with_name(f"{path.stem}_prev{path.suffix}")
         if keep_previous and path.exists():
             try:
