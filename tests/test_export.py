@@ -247,13 +247,13 @@ def test_onnx_without_its_packages_is_one_line(
 def test_the_page_works_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Its commands beside a folder ``logs/run``, then its code, which imports timm and the zoo only at its end."""
+    """Its commands beside a folder ``logs/digits``, then its code, which imports timm and the zoo only at its end."""
     page = PAGE.read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", page.replace("\\\n", " "), re.S)
     commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
     assert len(commands) == 5 and all(words[:2] == ["python", "scripts/export.py"] for words in commands)
 
-    logs = tmp_path / "logs" / "run"
+    logs = tmp_path / "logs" / "digits"
     logs.mkdir(parents=True)
     saved("attnscale_tiny_12", logs / "best_checkpoint.pth")
     monkeypatch.chdir(tmp_path)
@@ -263,9 +263,8 @@ def test_the_page_works_as_printed(
             export.main(words)
             assert capsys.readouterr().out.startswith(f"wrote {words[-1]} and model.json\nchecked: ")
 
-    for name, size in zip("abc", [(40, 40), (64, 48), (33, 71)], strict=True):
-        noise = np.random.default_rng(size[0]).integers(0, 256, (*size, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / f"{name}.jpg")
+    noise = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "cat.jpg")
     prepare, onnxruntime_alone, torch_alone, with_timm = re.findall(r"```python\n(.*?)```", page, re.S)
     alone = "import sys\nassert not {'timm', 'models'} & set(sys.modules)\n"
     path = str(ROOT / "scripts" / "export.py")  # run from another folder; it puts the zoo on the path
@@ -276,4 +275,4 @@ def test_the_page_works_as_printed(
     assert "wrote model.safetensors and model.json\nchecked: its model weights equal" in done.stdout
     predicted = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     classes = [re.findall(r"\d+", predicted[kind]) for kind in ("onnx", "pt2", "safetensors")]
-    assert len(classes[0]) == 3 and classes[0] == classes[1] == classes[2]
+    assert len(classes[0]) == 1 and classes[0] == classes[1] == classes[2]
