@@ -60,10 +60,28 @@ NOT_RUN = {
     ),
     r"python scripts/prepare_digits\.py": "tests/test_prepare.py::test_digits_are_split_by_class_and_disjoint",
     r"tensorboard --logdir": "tests/test_reporting.py::test_every_chart_of_the_layout_has_curves",
-    r"if \[ \$\? -eq 75 \]; then scontrol": "needs Slurm; the exit code: tests/test_resume.py",
+    r"(HF_HUB_OFFLINE=1 )?python main\.py .*hf-hub:": (
+        "needs the Hub; from a local one: tests/test_fetch.py::test_a_run_takes_an_address_where_it_takes_a_file"
+    ),
+    r"python scripts/push_to_hub\.py logs/run owner/name --private": (
+        "needs the Hub; tests/test_push_to_hub.py::test_a_push_is_read_again_from_the_hub_and_keeps_a_readme"
+    ),
+    r"python scripts/prepare_imagenet\.py": "tests/test_prepare.py::test_imagenet_becomes_an_image_folder",
+    r"python scripts/prepare_wds\.py --index": "tests/test_prepare_wds.py",
+    r"python main\.py .*(https:|pipe:aws)": "needs the network; from a local server: tests/test_shards.py",
+    r"tar -cf|\(cd ": "tests/test_archives.py",
+    r"python main\.py .*imagenet\.(tar|zip)": "tests/test_archives.py",
+    r"export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1": "tests/test_clusters.py",
+    r"sbatch ": "needs Slurm; under an emulated one: tests/test_clusters.py",
+    r"python scripts/run_with_submitit\.py": "needs Slurm; with submitit's local executor: tests/test_submitit.py",
+    r"python scripts/export\.py .*logs/run/": "tests/test_export.py::test_the_page_works_as_printed",
 }
 # Page -> the test that runs its Python blocks, where not this file.
-PYTHON_ELSEWHERE = {"notebook.md": "tests/test_notebook.py::test_the_cells_of_the_page_run_and_leave_no_trace"}
+PYTHON_ELSEWHERE = {
+    "notebook.md": "tests/test_notebook.py::test_the_cells_of_the_page_run_and_leave_no_trace",
+    "weights.md": "tests/test_fetch.py::test_published_files_are_read_as_strictly_as_any_other",
+    "export.md": "tests/test_export.py::test_the_page_works_as_printed",
+}
 
 
 # ---- what is on a page -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import checkpoints
 import models  # noqa: F401  (registers the zoo)
 import optim
 from options import get_args_parser
+from weights import load_optimizer
 
 SIZE = dict(img_size=32, patch_size=8, embed_dim=12, depth=3, num_heads=3)
 
@@ -110,7 +111,7 @@ def test_an_optimizer_with_layer_decay_goes_on_from_its_saved_state() -> None:
         for ours, theirs in zip(second.param_groups, first.param_groups, strict=True):
             for mine, other in zip(ours["params"], theirs["params"], strict=True):
                 mine.copy_(other)
-    checkpoints.load_optimizer(second, copy.deepcopy(first.state_dict()))
+    load_optimizer(second, copy.deepcopy(first.state_dict()))
     for optimizer in optimizers:
         optim.set_lr(optimizer, 0.1)
         step(optimizer)
@@ -123,7 +124,7 @@ def test_a_state_without_layer_decay_is_refused_by_a_run_with_it() -> None:
     model = timm.create_model("attnscale_tiny_12", **SIZE)
     saved = optim.build_optimizer(parse(""), model, 1e-3).state_dict()
     with pytest.raises(checkpoints.CheckpointError, match="parameter groups"):
-        checkpoints.load_optimizer(optim.build_optimizer(parse("--layer-decay 0.5"), model, 1e-3), saved)
+        load_optimizer(optim.build_optimizer(parse("--layer-decay 0.5"), model, 1e-3), saved)
 
 
 @pytest.mark.parametrize(
