@@ -190,9 +190,9 @@ def test_hundreds_of_images_pass_the_default_recipe() -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_images_pass_the_default_recipe() -> None:
+def test_thousands_of_images_pass_the_default_recipe() -> None:
     # RandAugment draws a 0-bit posterize about once in a few hundred images, which Pillow 13.0 refuses.
-    augment_many(10_000)
+    augment_many(4_000)
 
 
 # --------------------------------------------------------------------------------------------------------- image files

@@ -42,6 +42,7 @@ TINY = {
     "main.py": ("--model-kwargs", *SIZE, "--input-size", "32", "--batch-size", "4", "--epochs", "1"),
     "scripts/analyze.py": ("--num-images", "4", "--batch-size", "2"),
     "scripts/benchmark.py": ("--rounds", "1", "--warmup", "0", "--batch-size", "1", "--threads", "1"),
+    "scripts/benchmark_data.py": ("--rounds", "1", "--images", "8"),
 }
 TINY["main.py"] += ("--num_workers", "0", "--device", "cpu", "--print-freq", "1")
 INSTEAD = {

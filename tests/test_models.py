@@ -64,10 +64,13 @@ def test_logits_loss_and_every_gradient_equal_the_reference(name: str, float64: 
     rules = golden_rules()
     model = golden_model(name, record)
     images = torch.from_numpy(rules.images(0, 2, record["img_size"], record["img_size"]))
-    with torch.no_grad():
-        logits = model.eval()(images)
-    np.testing.assert_allclose(logits.numpy(), record["logits"], rtol=1e-9, atol=1e-10)
-    if record["grad_norms"] is None:
+    with_gradients = record["grad_norms"] is not None
+    # Base models once only, it takes long: nothing here is drawn, so the logits in training are those of evaluation.
+    if model.embed_dim < 768 or not with_gradients:
+        with torch.no_grad():
+            logits = model.eval()(images)
+        np.testing.assert_allclose(logits.numpy(), record["logits"], rtol=1e-9, atol=1e-10)
+    if not with_gradients:
         return
 
     targets = torch.from_numpy(rules.targets(0, 2, record["num_classes"]))
@@ -76,6 +79,8 @@ def test_logits_loss_and_every_gradient_equal_the_reference(name: str, float64: 
         model.set_distilled_training(True)
     outputs = model(images)
     heads = outputs if isinstance(outputs, tuple) else (outputs,)
+    logits = sum(heads).detach() / len(heads)
+    np.testing.assert_allclose(logits.numpy(), record["logits"], rtol=1e-9, atol=1e-10)
     loss = sum(F.cross_entropy(output, targets) for output in heads) / len(heads)
     loss.backward()
     assert loss.item() == pytest.approx(record["loss"], rel=1e-9)
