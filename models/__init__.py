@@ -5,7 +5,8 @@
 
 How to add a remedy: one file beside ``attnscale.py`` with the equation, a pure function on tensors and a subclass of
 the timm layer it changes; then one constructor-argument dict and its rows in ``deit.py`` and ``cait.py``. Its new
-parameters' names go into ``REMEDY_PARAMETERS``: a plain checkpoint may lack exactly these.
+parameters' names go into ``REMEDY_PARAMETERS``: a plain checkpoint may lack exactly these. A worked example:
+``docs/add_a_remedy.md``.
 
 How to add a backbone: one file beside ``deit.py`` with a size table, the table of variants, ``default_cfgs`` and a
 call of ``register_variants`` with timm's model class; then import it here.
