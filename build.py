@@ -3,10 +3,8 @@
 import argparse
 import logging
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 
-import timm
 import torch
 from timm.data import Mixup, resolve_data_config
 from timm.utils import ModelEmaV3
@@ -19,12 +17,14 @@ import datasets
 import engine
 import fastload
 import losses
-import models
+import models  # noqa: F401  (registers the zoo with timm)
 import optim
+import oversmoothing
 import samplers
 import utils
-import weights
 from options import ArgumentError, mixup_active
+from oversmoothing.weights import check_model_name, create_model, load_weights, number_of_classes, read_checkpoint
+from readers.loader import build_loader
 from utils import World
 
 _logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def find_start(args: argparse.Namespace) -> Start:
             _logger.info(f"auto-reload: continuing from {path}{ignored}")
             return Start(str(path), checkpoint)
     source = args.resume or args.finetune
-    return Start(source, checkpoints.read(source)) if source else Start()
+    return Start(source, read_checkpoint(source)) if source else Start()
 
 
 def num_classes(args: argparse.Namespace, start: Start) -> int:
@@ -65,7 +65,7 @@ def num_classes(args: argparse.Namespace, start: Start) -> int:
     if args.num_classes is not None:
         return args.num_classes
     resumed = start.checkpoint is not None and not args.finetune
-    of_head = weights.number_of_classes(start.checkpoint["model"]) if resumed else None
+    of_head = number_of_classes(start.checkpoint["model"]) if resumed else None
     if args.throughput:
         return of_head or 1000
     counted = datasets.count_classes(args, is_train=not args.eval)
@@ -88,33 +88,22 @@ def check_model_names(args: argparse.Namespace) -> None:
     """Refuses unknown models before anything is read.
 
     Raises:
-        ArgumentError: With the names that come near.
+        ModelError: With the names that come near.
     """
-    names = {"--model": args.model} | (
-        {"--teacher-model": args.teacher_model} if args.distillation_type != "none" else {}
-    )
-    for flag, name in names.items():
-        if not timm.is_model(name):
-            near = get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
-            raise ArgumentError(f"{flag} {name}: no such model; near: {', '.join(near) or 'none'} (see --list-models)")
+    check_model_name(args.model)
+    if args.distillation_type != "none":
+        check_model_name(args.teacher_model, "--teacher-model")
 
 
 def build_model(args: argparse.Namespace, classes: int) -> nn.Module:
     """The model of ``--model``; ``--drop`` goes where the paper's code has it, not to ``drop_rate`` (the head)."""
-    kwargs = {"num_classes": classes}
-    if timm.get_pretrained_cfg(args.model).fixed_input_size:
-        kwargs["img_size"] = args.input_size
+    kwargs = {}
     if args.drop:
         kwargs |= {"pos_drop_rate": args.drop, "proj_drop_rate": args.drop}
     if args.drop_path:
         kwargs["drop_path_rate"] = args.drop_path
-    try:
-        model = timm.create_model(args.model, **(kwargs | args.model_kwargs))
-    except (TypeError, AssertionError) as error:
-        raise ArgumentError(
-            f"--model {args.model} cannot be built from {kwargs | args.model_kwargs} "
-            f"(--model-kwargs, --drop, --drop-path, --input-size): {error}"
-        ) from error
+    kwargs |= args.model_kwargs
+    model = create_model(args.model, num_classes=classes, input_size=args.input_size, model_kwargs=kwargs)
     if args.distillation_type != "none":
         if not hasattr(model, "set_distilled_training"):
             raise ArgumentError(
@@ -136,14 +125,14 @@ def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: 
         start.epoch = args.start_epoch
         return
     finetune = bool(args.finetune) and start.source == args.finetune
-    missing = weights.load_weights(
+    missing = load_weights(
         model,
         start.checkpoint["model"],
         source=start.source,
         finetune=finetune,
-        may_be_missing=models.is_remedy_parameter,
+        may_be_missing=oversmoothing.is_remedy_parameter,
     )
-    start.full = not finetune and weights.can_resume(start.checkpoint, missing)
+    start.full = not finetune and checkpoints.can_resume(start.checkpoint, missing)
     if not start.full:
         start.epoch = args.start_epoch
         if not args.eval:
@@ -180,7 +169,7 @@ def build_ema(args: argparse.Namespace, start: Start, model: nn.Module) -> Model
     device = torch.device("cpu") if args.model_ema_force_cpu else None
     ema = ModelEmaV3(model, decay=args.model_ema_decay, device=device)
     if saved is not None and (start.full or args.eval):
-        weights.load_weights(ema.module, saved, source=f"{start.source} (moving average)")
+        load_weights(ema.module, saved, source=f"{start.source} (moving average)")
     return ema
 
 
@@ -200,7 +189,7 @@ def build_trainer(
         raise ArgumentError(f"--opt {args.opt} (or --opt-eps, --opt-betas, --momentum): {error}") from error
     scaler = torch.amp.GradScaler(world.device.type, enabled=amp_dtype == torch.float16)
     if start.full:
-        weights.load_optimizer(optimizer, start.checkpoint["optimizer"])
+        checkpoints.load_optimizer(optimizer, start.checkpoint["optimizer"])
         if start.checkpoint.get("scaler"):
             scaler.load_state_dict(start.checkpoint["scaler"])
     mixup = (
@@ -260,8 +249,8 @@ def build_teacher(args: argparse.Namespace, classes: int, device: torch.device) 
     """The frozen teacher of ``--distillation-type``, with the weights of ``--teacher-path``."""
     if args.distillation_type == "none":
         return None
-    teacher = timm.create_model(args.teacher_model, num_classes=classes)
-    weights.load_weights(teacher, checkpoints.read(args.teacher_path)["model"], source=args.teacher_path)
+    teacher = create_model(args.teacher_model, num_classes=classes)
+    load_weights(teacher, read_checkpoint(args.teacher_path)["model"], source=args.teacher_path)
     return teacher.to(device).eval().requires_grad_(False)
 
 
@@ -280,15 +269,13 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> t
         shard_eval=args.shard_eval,
     )
     common = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and world.device.type == "cuda"}
-    loader_val = datasets.build_loader(
+    loader_val = build_loader(
         dataset_val, sampler_val, batch_size=max(1, 3 * args.batch_size // 2), drop_last=False, **common
     )
     if args.eval:
         return None, loader_val
     batch_size = fit_batch_size(args, len(sampler_train))
-    return datasets.build_loader(
-        dataset_train, sampler_train, batch_size=batch_size, drop_last=True, **common
-    ), loader_val
+    return build_loader(dataset_train, sampler_train, batch_size=batch_size, drop_last=True, **common), loader_val
 
 
 def build_training_set(args: argparse.Namespace, data_config: dict) -> Dataset:

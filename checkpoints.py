@@ -1,51 +1,42 @@
-"""Checkpoints: one function that assembles one, one that writes it, one that reads any.
+"""Checkpoints of a run: one function that assembles one, one that writes it, one that finds the newest.
 
 A checkpoint is a plain dict with DeiT's keys, saved by ``torch.save``, so ``torch.load(path, weights_only=True)`` reads
-it anywhere. The zip archive's comment is ``sha256=<64 hex digits>`` over all bytes before the digits: one flipped bit
-or a missing tail is noticed before anything is parsed. Reading is weights-only always: no code in a file ever runs.
+it anywhere. ``oversmoothing/weights/read.py`` reads it, and says what its digest is.
 """
 
 import argparse
 import contextlib
 import errno
-import hashlib
 import json
 import logging
 import os
 import re
 import secrets
 import shutil
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-import fetch
+from oversmoothing.weights.read import (
+    DIGEST_LENGTH,
+    DIGEST_TAG,
+    FORMAT,
+    CheckpointError,
+    first_line,
+    read_file,
+    sha256,
+    strip_prefixes,
+)
+from utils import SetupError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
 CURRENT, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_prev.pth", "best_checkpoint.pth"
-PREFIXES = ("module.", "_orig_mod.")  # put before every name by DistributedDataParallel and torch.compile
-DIGEST_TAG = b"sha256="
-DIGEST_LENGTH = 64
-ZIP_START, ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
-OTHER_FORMATS = {
-    b"\x89PNG": "a PNG image",
-    b"\xff\xd8\xff": "a JPEG image",
-    b"\x93NUMPY": "a numpy array",
-    b"\x89HDF": "an HDF5 file",
-    b"\x1f\x8b": "a gzip archive",
-    b"version https://git-lfs": "a git-lfs pointer, not the file itself",
-}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, written or used; the message names the file, the fault and the way out."""
+ZIP_END = b"PK\x05\x06"
 
 
 # ---- assemble ----
@@ -77,8 +68,8 @@ def assemble(
         args: The parsed arguments; saved as a dict of JSON types, anything else as its ``str()``.
     """
     checkpoint = {
-        "model": _strip_prefixes(model.state_dict(), "the model"),
-        "model_ema": None if model_ema is None else _strip_prefixes(model_ema.state_dict(), "the EMA model"),
+        "model": strip_prefixes(model.state_dict(), "the model"),
+        "model_ema": None if model_ema is None else strip_prefixes(model_ema.state_dict(), "the EMA model"),
         "optimizer": optimizer.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
         "epoch": int(epoch),
@@ -107,17 +98,6 @@ def _to_cpu(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _to_cpu(entry) for key, entry in value.items()}
     return type(value)(_to_cpu(entry) for entry in value) if type(value) in (list, tuple) else value
-
-
-def _strip_prefixes(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    stripped: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
-        while name.startswith(PREFIXES):
-            name = name.split(".", 1)[1]
-        if name in stripped:
-            raise CheckpointError(f"{source}: '{name}' occurs twice, with and without a {' or '.join(PREFIXES)} prefix")
-        stripped[name] = tensor
-    return stripped
 
 
 # ---- write ----
@@ -193,7 +173,7 @@ def write(
             raise KeyboardInterrupt from error
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise CheckpointError(
-            f"{path} could not be written ({_first_line(cause)}); earlier checkpoints are untouched: "
+            f"{path} could not be written ({first_line(cause)}); earlier checkpoints are untouched: "
             "free some space, or choose another --output_dir"
         ) from error
     finally:
@@ -209,19 +189,9 @@ def _append_digest(file: BinaryIO) -> None:
         raise RuntimeError("torch.save did not end the file with a plain zip end record")
     file.seek(end + 20)
     file.write((len(DIGEST_TAG) + DIGEST_LENGTH).to_bytes(2, "little") + DIGEST_TAG)
-    digest = _sha256(file, file.tell())
+    digest = sha256(file, file.tell())
     file.seek(0, os.SEEK_END)
     file.write(digest)
-
-
-def _sha256(file: BinaryIO, length: int) -> bytes:
-    """Hex digits of the hash of the first ``length`` bytes."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    while length > 0 and (block := file.read(min(length, 1 << 20))):
-        digest.update(block)
-        length -= len(block)
-    return digest.hexdigest().encode()
 
 
 def _duplicate(source: Path, target: Path) -> None:
@@ -266,37 +236,34 @@ def _numbered(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 
-# ---- read ----
-
-
-def read(source: str | Path, cache_dir: str | Path | None = None) -> dict[str, Any]:
-    """Reads any checkpoint file, weights-only: nothing in it is executed.
-
-    Accepted are ``torch.save`` files (zip or the older format) and safetensors, told apart by content, holding a bare
-    state dict, ``{"model": ...}``, ``{"state_dict": ...}`` or only the EMA's weights (``model_ema``,
-    ``state_dict_ema``); ``args`` may be a Namespace, as DeiT saves it. Our own files need their digest, other zip files
-    are checked by their records' CRC. Bits flipped in the tensors of the two remaining formats cannot be noticed.
-
-    Args:
-        source: A path, an http(s) URL or ``hf-hub:owner/name[@revision][/file]``; see `fetch.local_file`.
-        cache_dir: Of files from the Hub; None: the Hub's own.
-
-    Returns:
-        All entries of the file; ``model`` (and ``model_ema``, if there) is a state dict without wrapper prefixes,
-        ``args`` a dict. Tensors are on the CPU.
-
-    Raises:
-        CheckpointError: Nothing there, damaged, another kind of file, refused, or without a state dict.
-    """
+@contextmanager
+def explain_write_errors(folder: Path) -> Iterator[None]:
+    """Turns an ``OSError`` within the context, such as a full disk, into a ``SetupError`` that says what to do."""
     try:
-        path = fetch.local_file(source, cache_dir)
-    except fetch.FetchError as error:
-        raise CheckpointError(str(error)) from error
-    try:
-        return _read_file(path, str(source))
-    except CheckpointError:
-        fetch.forget(source, path)
-        raise
+        yield
+    except OSError as error:
+        raise SetupError(
+            f"--output_dir {folder}: writing failed ({error.strerror}); earlier checkpoints are untouched: mend that "
+            "(free some space), then the same command with --auto_reload continues"
+        ) from error
+
+
+def set_aside(folder: Path, names: list[str]) -> Path | None:
+    """Moves the named files into a new sub-folder ``earlier-<n>`` and returns it; None where there are none."""
+    files = [folder / name for name in names if (folder / name).exists()]
+    if not files:
+        return None
+    number = 1
+    while (folder / f"earlier-{number}").exists():
+        number += 1
+    target = folder / f"earlier-{number}"
+    target.mkdir()
+    for file in files:
+        file.rename(target / file.name)
+    return target
+
+
+# ---- find and resume ----
 
 
 def latest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
@@ -316,7 +283,7 @@ def latest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
         raise CheckpointError(f"{folder}: cannot look for a checkpoint to reload ({error.strerror})") from error
     for path in candidates:
         try:
-            return path, _read_file(path, str(path), own=True)
+            return path, read_file(path, str(path), own=True)
         except CheckpointError as error:
             logger.warning("skipping a checkpoint that cannot be used: %s", error)
     if candidates:
@@ -328,97 +295,33 @@ def latest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def _read_file(path: Path, source: str, own: bool = False) -> dict[str, Any]:
-    """``own``: the file must carry our digest, as every file that auto-reload may take."""
-    try:
-        with open(path, "rb") as file:
-            return _unpack(_load(file, source, own), source)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{source}: no such file: check the path") from error
-    except IsADirectoryError as error:
-        raise CheckpointError(f"{source}: is a folder: name the file in it, such as {path / CURRENT}") from error
-    except OSError as error:
-        raise CheckpointError(f"{source}: cannot be opened ({error.strerror}): check its permissions") from error
+def can_resume(checkpoint: Mapping[str, Any], missing: list[str]) -> bool:
+    """Whether training goes on from this checkpoint; otherwise it gives weights only and training starts at epoch 0.
+
+    Args:
+        checkpoint: From `checkpoints.read` or `checkpoints.latest`.
+        missing: What `load_weights` returned; new parameters make a run a fine-tune of the checkpoint.
+    """
+    return isinstance(checkpoint.get("optimizer"), dict) and isinstance(checkpoint.get("epoch"), int) and not missing
 
 
-def _load(file: BinaryIO, source: str, own: bool) -> Any:
-    head, size = file.read(512), os.fstat(file.fileno()).st_size
-    again = "copy or download it again"
-    is_zip = head.startswith(ZIP_START)
-    is_safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000  # its own header limit
-    if not is_zip and not is_safetensors and not head.startswith(b"\x80"):
-        found = next((kind for start, kind in OTHER_FORMATS.items() if head.startswith(start)), None)
-        found = found or ("empty" if not head else "a text file" if b"\0" not in head and head.isascii() else "unknown")
-        raise CheckpointError(f"{source}: is not a checkpoint (.pth or .safetensors), its content is {found}: {again}")
-    digest = _stored_digest(file, size)
-    if digest is not None and digest != _sha256(file, size - DIGEST_LENGTH):
-        raise CheckpointError(f"{source}: is damaged, its SHA-256 digest does not fit its content: {again}")
-    no_digest = f"{source}: has no SHA-256 digest at its end, so it is cut short or was not written by this repository"
-    if own and digest is None:
-        raise CheckpointError(f"{no_digest}: pass files from elsewhere with --resume")
-    file.seek(0)
-    try:
-        if is_safetensors:
-            return safetensors.torch.load(file.read())
-        if is_zip and digest is None and (record := zipfile.ZipFile(file).testzip()):
-            raise zipfile.BadZipFile(f"wrong CRC of record {record}")
-        file.seek(0)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # on foreign data the three parsers fail in any way, up to KeyError and MemoryError
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise CheckpointError(
-                f"{source}: refused, it asks for the Python object {refused.group(1)}; nothing in it was executed: "
-                "ask its author for a file of tensors only (a state dict or .safetensors)"
-            ) from error
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Takes each parameter's moments and step count from ``checkpoint["optimizer"]``.
+
+    Hyper-parameters (lr, weight decay, betas) stay as the command line gave them to ``optimizer``.
+
+    Raises:
+        CheckpointError: The saved state is of other parameter groups or another kind of optimizer.
+    """
+    groups, old_groups = optimizer.state_dict()["param_groups"], saved.get("param_groups", [])
+    sizes, old_sizes = ([len(group["params"]) for group in some] for some in (groups, old_groups))
+    if sizes != old_sizes:
         raise CheckpointError(
-            f"{source}: cannot be read as a checkpoint, truncated or damaged ({_first_line(error)}): {again}"
-        ) from error
-    if digest is None and isinstance(loaded, dict) and "format" in loaded:
-        raise CheckpointError(f"{no_digest}: {again}")
-    return loaded
-
-
-def _stored_digest(file: BinaryIO, size: int) -> bytes | None:
-    file.seek(max(0, size - len(DIGEST_TAG) - DIGEST_LENGTH))
-    tail = file.read()
-    return tail[len(DIGEST_TAG) :] if tail.startswith(DIGEST_TAG) else None
-
-
-def _unpack(loaded: Any, source: str) -> dict[str, Any]:
-    """Brings every accepted layout to one: ``model`` is the state dict, ``model_ema`` the EMA's if there is one."""
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{source}: holds a {type(loaded).__name__}, no state dict: pass a model's checkpoint")
-    found = dict(loaded)
-    for timm_key, key in (("state_dict", "model"), ("state_dict_ema", "model_ema")):
-        if timm_key in found and key not in found:
-            found[key] = found.pop(timm_key)
-    if found.get("model") is None:
-        found = {**found, "model": found["model_ema"]} if found.get("model_ema") else {"model": loaded}
-    for key in ("model", "model_ema"):
-        state_dict = found.get(key)
-        if state_dict is None and key == "model_ema":
-            continue
-        if (
-            not isinstance(state_dict, dict)
-            or not state_dict
-            or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state_dict.items())
-        ):
-            keys = ", ".join(map(str, list(loaded)[:10]))
-            raise CheckpointError(
-                f"{source}: no state dict in it (its keys: {keys or 'none'}): expected names and tensors, "
-                "either bare or under 'model' or 'state_dict'"
-            )
-        found[key] = _strip_prefixes(state_dict, source)
-    if isinstance(found.get("args"), argparse.Namespace):
-        found["args"] = dict(vars(found["args"]))
-    if isinstance(found.get("format"), int) and found["format"] > FORMAT:
-        raise CheckpointError(f"{source}: has format {found['format']}, newer than {FORMAT}: update this repository")
-    return found
-
-
-def _first_line(error: Exception) -> str:
-    """An error in one line, without torch's advice to load unsafely."""
-    text = str(error).rpartition("WeightsUnpickler error: ")[2].split(" In PyTorch 2.6")[0].strip()
-    return f"{type(error).__name__}: {text[:200].splitlines()[0]}" if text else type(error).__name__
+            f"the checkpoint's optimizer has parameter groups of sizes {old_sizes}, this run's has {sizes}: "
+            "resume with the --model and the options it was saved with, or pass it with --finetune (weights only)"
+        )
+    kinds = [{key for key in ("betas", "momentum") if key in group} for group in (groups[0], old_groups[0])]
+    if kinds[0] != kinds[1]:
+        raise CheckpointError("the checkpoint's optimizer is of another --opt: resume with the one it was saved with")
+    new_groups = [{**group, "params": old["params"]} for group, old in zip(groups, old_groups, strict=True)]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": new_groups})

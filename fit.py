@@ -123,7 +123,7 @@ def open_recorder(
 def record(
     recorder: reporting.Recorder | None, world: World, line: dict, model: nn.Module, images_per_second: float
 ) -> None:
-    """Lets rank 0, which has the recorder, write an epoch; before its checkpoint, as ``utils.EpochLog`` needs it."""
+    """Lets rank 0, which has the recorder, write an epoch; before its checkpoint: see ``EpochLog``."""
     utils.on_rank_zero(world, lambda: recorder.epoch(line, model, images_per_second))
 
 

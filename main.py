@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 import build
-import checkpoints
 import datasets
 import engine
 import models
@@ -23,6 +22,8 @@ import reporting
 import utils
 from fit import evaluate, fit
 from options import ArgumentError, check_args, get_args_parser
+from oversmoothing.weights import CheckpointError, ModelError
+from readers.loader import explain_loader_errors
 from utils import World
 
 _logger = logging.getLogger("main")
@@ -39,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     with (
         utils.process_group(args.device, args.dist_url, args.dist_timeout) as world,
         utils.claimed_folder(output_dir, world, timeout_s=min(60, args.dist_timeout / 2)),
-        datasets.explain_loader_errors(),
+        explain_loader_errors(),
     ):
         utils.setup_logging(world.rank)
         about = [utils.describe_environment(world)]
@@ -94,7 +95,7 @@ def cli() -> int:
     except KeyboardInterrupt:
         print(f"[rank {rank}] interrupted", file=sys.stderr, flush=True)
         return utils.EXIT_INTERRUPTED
-    except (ArgumentError, checkpoints.CheckpointError, datasets.DataError, utils.SetupError) as error:
+    except (ArgumentError, CheckpointError, ModelError, datasets.DataError, utils.SetupError) as error:
         # An error of a loader process comes with that process's traceback before its last line.
         sentence = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
         print(f"error: {sentence}", file=sys.stderr, flush=True)

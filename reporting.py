@@ -1,8 +1,10 @@
 """What a run writes for people: the description of its model, ``log.txt`` and the TensorBoard pages."""
 
 import argparse
+import json
 import logging
 import math
+import os
 import shlex
 import statistics
 import sys
@@ -21,10 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-import models
+import checkpoints
 import options
-import probe
+import oversmoothing
 import utils
+from oversmoothing.analysis import probe
 
 _logger = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ def count_gmacs(model: nn.Module, input_size: int, device: torch.device) -> floa
 
 def describe_model(name: str, model: nn.Module, input_size: int, device: torch.device) -> str:
     """One line: name, parameters, cost, and how many of the parameters are the remedy's."""
-    added = sum(p.numel() for n, p in model.named_parameters() if models.is_remedy_parameter(n))
+    added = sum(p.numel() for n, p in model.named_parameters() if oversmoothing.is_remedy_parameter(n))
     return (
         f"model: {name}, {count_parameters(model):,} parameters ({added:,} of them the remedy's), "
         f"{count_gmacs(model, input_size, device):.2f} GFLOPs (multiply-adds) "
@@ -228,7 +231,7 @@ def charts(model: nn.Module, watched: bool) -> dict[str, dict]:
             "learning rate": lines("optimization/lr$"),
         }
     }
-    found = {name.rsplit(".", 1)[-1] for name, _ in model.named_parameters() if models.is_remedy_parameter(name)}
+    found = {name.rsplit(".", 1)[-1] for name, _ in model.named_parameters() if oversmoothing.is_remedy_parameter(name)}
     if found:
         page["mean lambda by layer"] = {name: lines(rf"remedy_mean/.*\.{name}$") for name in sorted(found)}
     if watched:
@@ -258,11 +261,11 @@ class Recorder:
         self.folder = Path(output_dir)
         self.watch = watch
         utils.make_folder(self.folder)
-        with utils.explain_write_errors(self.folder):
+        with checkpoints.explain_write_errors(self.folder):
             if fresh:
                 self._set_earlier_run_aside()
-            self.log = utils.EpochLog(self.folder / "log.txt", start_epoch)
-            done = [line["test_acc1"] for line in utils.EpochLog.read(self.log.path) if "test_acc1" in line]
+            self.log = EpochLog(self.folder / "log.txt", start_epoch)
+            done = [line["test_acc1"] for line in EpochLog.read(self.log.path) if "test_acc1" in line]
             self.best_acc1 = max(done, default=-math.inf)
             self.begins = fresh or start_epoch == 0
             if self.begins:  # TensorBoard would show the text of an attempt that recorded no epoch beside the new one
@@ -276,7 +279,7 @@ class Recorder:
         if not checkpoints and not (log.exists() and log.stat().st_size):
             return  # an attempt that ended before it had anything to keep
         # The checkpoints first: a kill in between must not leave one without its log.
-        moved = utils.set_aside(self.folder, checkpoints + self.FILES)
+        moved = checkpoints.set_aside(self.folder, checkpoints + self.FILES)
         _logger.warning(
             f"--output_dir {self.folder} held an earlier run: moved to {moved} (--auto_reload would continue it)"
         )
@@ -294,7 +297,7 @@ class Recorder:
             samples: From :func:`sample_sheet`.
         """
         metrics = dict.fromkeys(("accuracy/best_test_acc1", "accuracy/test_acc1", "loss/test_loss"))
-        with utils.explain_write_errors(self.folder):
+        with checkpoints.explain_write_errors(self.folder):
             self.writer.add_text("run", page, 0)
             self.writer.add_custom_scalars(charts)
             self.writer.add_image("training_samples", samples, 0, dataformats="HWC")
@@ -304,7 +307,7 @@ class Recorder:
 
     def finish(self) -> None:
         """Marks the run as finished in TensorBoard's page of hyper-parameters; harmless where it goes on after all."""
-        with utils.explain_write_errors(self.folder):
+        with checkpoints.explain_write_errors(self.folder):
             self.writer.file_writer.add_summary(hparams({}, {})[2])
             self.writer.close()
 
@@ -312,7 +315,7 @@ class Recorder:
         """Writes an epoch: ``line`` into ``log.txt``; its curves, the rate and every layer's lambda to TensorBoard."""
         if self.watch is not None:
             line = line | self.watch.report(model, line["epoch"])
-        with utils.explain_write_errors(self.folder):
+        with checkpoints.explain_write_errors(self.folder):
             self.log.append(line)
             self._write_events(line, model, images_per_second)
 
@@ -331,8 +334,44 @@ class Recorder:
                         self.writer.add_scalar(f"{name}/layer_{layer:02d}", at_layer, epoch)
         self.writer.add_scalar("time/train_images_per_s", images_per_second, epoch)
         for name, parameter in model.named_parameters():
-            if models.is_remedy_parameter(name):
+            if oversmoothing.is_remedy_parameter(name):
                 values = parameter.detach().float().cpu()
                 self.writer.add_scalar(f"remedy_mean/{name}", statistics.fmean(values.tolist()), epoch)
                 self.writer.add_histogram(f"remedy_values/{name}", values, epoch)
         self.writer.flush()
+
+
+class EpochLog:
+    """``log.txt``: one JSON object an epoch, each epoch exactly once.
+
+    A line is on disk before the checkpoint that follows it. So whatever a run was killed at, the lines before its
+    resume point are all there, and those from it on are dropped here and written again.
+    """
+
+    def __init__(self, path: Path, start_epoch: int) -> None:
+        self.path = path
+        kept = [line for line in self.read(path) if line["epoch"] < start_epoch] if path.exists() else []
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("w") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in kept))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def append(self, line: dict) -> None:
+        """Writes one epoch's line and waits until it is on disk."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @staticmethod
+    def read(path: Path) -> list[dict]:
+        """The epochs of a ``log.txt``; a last line cut short by a kill is left out."""
+        lines = []
+        for text in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+        return lines

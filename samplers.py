@@ -12,7 +12,7 @@ import numpy as np
 from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
 from torch.utils.data import DistributedSampler, Sampler
 
-from shards import FetchAhead, RemoteMembers
+from readers.shards import FetchAhead, RemoteMembers
 
 __all__ = [
     "AddressedSampler",

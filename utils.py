@@ -1,7 +1,6 @@
 """The process group, addressed randomness, the logs and the meters. Knows nothing of models, data or checkpoints."""
 
 import fcntl
-import json
 import logging
 import os
 import platform
@@ -449,66 +448,3 @@ def _lock(folder: Path, timeout_s: float) -> IO:
             time.sleep(0.2)
         except OSError:  # no locks on this file system
             return file
-
-
-@contextmanager
-def explain_write_errors(folder: Path) -> Iterator[None]:
-    """Turns an ``OSError`` within the context, such as a full disk, into a ``SetupError`` that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise SetupError(
-            f"--output_dir {folder}: writing failed ({error.strerror}); earlier checkpoints are untouched: mend that "
-            "(free some space), then the same command with --auto_reload continues"
-        ) from error
-
-
-def set_aside(folder: Path, names: list[str]) -> Path | None:
-    """Moves the named files into a new sub-folder ``earlier-<n>`` and returns it; None where there are none."""
-    files = [folder / name for name in names if (folder / name).exists()]
-    if not files:
-        return None
-    number = 1
-    while (folder / f"earlier-{number}").exists():
-        number += 1
-    target = folder / f"earlier-{number}"
-    target.mkdir()
-    for file in files:
-        file.rename(target / file.name)
-    return target
-
-
-class EpochLog:
-    """``log.txt``: one JSON object an epoch, each epoch exactly once.
-
-    A line is on disk before the checkpoint that follows it. So whatever a run was killed at, the lines before its
-    resume point are all there, and those from it on are dropped here and written again.
-    """
-
-    def __init__(self, path: Path, start_epoch: int) -> None:
-        self.path = path
-        kept = [line for line in self.read(path) if line["epoch"] < start_epoch] if path.exists() else []
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in kept))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-
-    def append(self, line: dict) -> None:
-        """Writes one epoch's line and waits until it is on disk."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    @staticmethod
-    def read(path: Path) -> list[dict]:
-        """The epochs of a ``log.txt``; a last line cut short by a kill is left out."""
-        lines = []
-        for text in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-        return lines

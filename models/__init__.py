@@ -3,33 +3,16 @@
     import models, timm
     timm.create_model("attnscale_small_12", num_classes=10, img_size=32, patch_size=4)
 
-How to add a remedy: one file beside ``attnscale.py`` with the equation, a pure function on tensors and a subclass of
-the timm layer it changes; then one constructor-argument dict and its rows in ``deit.py`` and ``cait.py``. Its new
-parameters' names go into ``REMEDY_PARAMETERS``: a plain checkpoint may lack exactly these. A worked example:
-``docs/add_a_remedy.md``.
+In an installed library this package is ``oversmoothing.zoo``. The remedies are in ``oversmoothing/remedies/``; how to
+add one: ``docs/add_a_remedy.md``.
 
 How to add a backbone: one file beside ``deit.py`` with a size table, the table of variants, ``default_cfgs`` and a
 call of ``register_variants`` with timm's model class; then import it here.
 """
 
 from . import cait, deit
-from .attnscale import AttnScaleAttention, AttnScaleTalkingHeadAttn
-from .featscale import FeatScaleBlock, FeatScaleLayerScaleBlock
-from .folding import set_fused
-from .published import REMEDY_PARAMETERS, is_remedy_parameter
 
-__all__ = [
-    "AttnScaleAttention",
-    "AttnScaleTalkingHeadAttn",
-    "FeatScaleBlock",
-    "FeatScaleLayerScaleBlock",
-    "REMEDY_PARAMETERS",
-    "cait",
-    "deit",
-    "is_remedy_parameter",
-    "list_models",
-    "set_fused",
-]
+__all__ = ["cait", "deit", "list_models"]
 
 
 def list_models() -> list[str]:

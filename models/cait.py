@@ -6,8 +6,9 @@ which also keeps them apart from timm's own (``cait_s24_224``).
 
 from timm.models.cait import Cait, checkpoint_filter_fn
 
-from .attnscale import AttnScaleTalkingHeadAttn
-from .featscale import FeatScaleLayerScaleBlock
+from oversmoothing.remedies.attnscale import AttnScaleTalkingHeadAttn
+from oversmoothing.remedies.featscale import FeatScaleLayerScaleBlock
+
 from .registry import data_configs, register_variants
 
 __all__ = ["Cait"]  # registration adds the name of each variant

@@ -5,9 +5,10 @@ from timm.models import checkpoint
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, cat, fx, jit
 
-from .attnscale import AttnScaleAttention
-from .featscale import FeatScaleBlock
-from .folding import FoldedAttention, has_hooks
+from oversmoothing.fused.folding import FoldedAttention, has_hooks
+from oversmoothing.remedies.attnscale import AttnScaleAttention
+from oversmoothing.remedies.featscale import FeatScaleBlock
+
 from .registry import data_configs, register_variants
 
 __all__ = ["DeiT"]  # registration adds the name of each variant

@@ -11,9 +11,8 @@ from pathlib import Path
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-import checkpoints
-import fetch
-import weights
+from oversmoothing.remedies import is_remedy_parameter
+from oversmoothing.weights import CheckpointError, fetch, problems, read_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -28,14 +27,8 @@ FILES = {
     "attnscale_cait_XXS24_224": "attnscale_cait_xxs24_224.pth",
     "featscale_cait_XXS24_224": "featscale_cait_xxs24_224.pth",
 }
-REMEDY_PARAMETERS = frozenset({"lamb", "lamb1", "lamb2"})
 
 StateDict = dict[str, Tensor]
-
-
-def is_remedy_parameter(name: str) -> bool:
-    """Whether a parameter's full name (``blocks.3.attn.lamb``) is one that a remedy adds to its baseline."""
-    return name.rsplit(".", 1)[-1] in REMEDY_PARAMETERS
 
 
 def source(name: str) -> dict[str, str]:
@@ -64,12 +57,12 @@ def overlay_with_weights(
     on_hub = cfg.hf_hub_id and "/".join(filter(None, [f"{fetch.HUB}{cfg.hf_hub_id}", cfg.hf_hub_filename]))
     address = cfg.file or on_hub or cfg.url  # timm's order
     if not address:
-        raise checkpoints.CheckpointError(
+        raise CheckpointError(
             f"pretrained=True: no weights are published for {name}; there are some for {', '.join(FILES)}. Weights "
             "of its plain baseline start it where the baseline ends: pretrained_cfg_overlay=dict(file='deit.pth'), or "
             "dict(hf_hub_id='timm/deit_small_patch16_224.fb_in1k'), or main.py --finetune FILE"
         )
-    state_dict = checkpoints.read(address, cache_dir)["model"]
+    state_dict = read_checkpoint(address, cache_dir)["model"]
     _logger.info(f"{name}: pretrained weights are those of {address}")
     return overlay | {"state_dict": state_dict}
 
@@ -98,9 +91,9 @@ def strict(checkpoint_filter_fn: Callable[[StateDict, nn.Module], StateDict]) ->
         if model.patch_embed.proj.in_channels != cfg["input_size"][0]:
             adapted += (f"{cfg['first_conv']}.",)
         compared = [{n: t for n, t in tensors.items() if not n.startswith(adapted)} for tensors in (wanted, state_dict)]
-        found = weights.problems(*compared)
+        found = problems(*compared)
         if found:
-            raise checkpoints.CheckpointError(
+            raise CheckpointError(
                 f"pretrained weights do not fit {cfg['architecture']}; {'; '.join(found)}: is it the file of another "
                 "model? One with a distillation token can be given to main.py --finetune"
             )

@@ -7,8 +7,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from oversmoothing.fused.folding import set_fused
+
 from . import published
-from .folding import set_fused
 
 # Identifier and title of the remedies' paper.
 PAPER = ("arXiv:2203.05962", "Anti-Oversmoothing in Deep Vision Transformers via the Fourier Domain Analysis")
@@ -86,7 +87,7 @@ def _entry_point(
 
     Args:
         pretrained: Load weights: {published.FILES.get(name, "none are published, name a source")}.
-        fused: False switches every fast path off; see ``models.set_fused``.
+        fused: False switches every fast path off; see ``oversmoothing.set_fused``.
         **kwargs: timm's (``num_classes``, ``in_chans``, ``img_size``, ``features_only``, ``pretrained_cfg_overlay``,
             ``cache_dir``) and those of the model class.
     """

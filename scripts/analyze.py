@@ -12,11 +12,9 @@ docs/analysis.md says what each quantity is and how to read it.
 """
 
 import argparse
-import json
-import math
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +26,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import probe
-import spectrum
+import models  # noqa: F401  (registers the zoo with timm)
 from datasets import DATA_SETS, build_transform, load_image
-from scripts.analysis_figures import Picture, draw_all
-from scripts.analysis_inputs import (
-    RANDOM_WEIGHTS,
-    ModelSpec,
-    Subject,
-    build_loader,
-    build_subject,
-    unique_labels,
-    with_input_size,
-)
-from scripts.analysis_report import render_report
-from scripts.analysis_results import Result, RunningMean, Values, as_json, tidy_rows, write_csv
-from scripts.analysis_token_map import draw_token_maps, token_map, token_map_rows
+from oversmoothing.analysis.figures import Picture
+from oversmoothing.analysis.measurement import measure
+from oversmoothing.analysis.report import write_analysis
+from oversmoothing.analysis.results import Result, write_csv
+from oversmoothing.analysis.subject import RANDOM_WEIGHTS, ModelSpec, Subject, build_subject, unique_labels
+from oversmoothing.analysis.token_map import draw_token_maps, token_map, token_map_rows
+from scripts.analysis_images import build_loader, with_input_size
 
 
 class _AddModel(argparse.Action):
@@ -170,76 +161,25 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("\n".join(problems))
 
 
-class Measurement:
-    """Running statistics of every quantity in every layer of one model; its size does not depend on the images.
-
-    Args:
-        subject: The model.
-        patches_only: Whether class, distillation and register tokens are left out of the feature quantities.
-    """
-
-    def __init__(self, subject: Subject, patches_only: bool = False) -> None:
-        self.subject = subject
-        self.patches_only = patches_only
-        self.layers: list[dict[str, RunningMean]] = [{} for _ in subject.layers]
-        self._num_patches = 0
-        self._frequencies: dict[tuple[int, str], list[float]] = {}
-        self._previous: Tensor | None = None
-
-    def update(self, images: Tensor) -> None:
-        """Runs the model on images of shape (B, 3, H, W) and adds what each layer does."""
-        self._num_patches = math.prod(probe.patch_grid(self.subject.model, images))
-        with torch.inference_mode(), probe.visiting(self.subject.model, self._visit):
-            self.subject.model(images)
-
-    def _visit(self, view: probe.LayerView) -> None:
-        # One layer's maps are alive at a time, and of the layer before only the average over its heads.
-        maps = view.attention_maps()
-        previous = self._previous if view.index > 0 else None
-        statistics = probe.feature_statistics(view, self._num_patches, self.patches_only)
-        statistics |= probe.map_statistics(maps, previous)
-        self._previous = maps.applied.mean(dim=1)
-        grid = round(view.patch_tokens(self._num_patches).shape[1] ** 0.5)
-        self._frequencies[view.index, "spectrum"] = spectrum.frequencies(maps.applied.shape[-1]).tolist()
-        self._frequencies[view.index, "delta_log_amplitude"] = spectrum.patch_frequencies(grid).tolist()
-        for name, values in statistics.items():
-            self.layers[view.index].setdefault(name, RunningMean()).update(values)
-
-    def results(self) -> list[dict[str, Values]]:
-        """For each layer, every quantity and parameter."""
-        layers = []
-        for index, (quantities, layer) in enumerate(zip(self.layers, self.subject.layers, strict=True)):
-            values = {
-                name: Values(running.mean.cpu(), running.std.cpu(), running.count, self._frequencies.get((index, name)))
-                for name, running in quantities.items()
-            }
-            parameters = {name: Values(p.double().cpu()) for name, p in probe.layer_parameters(layer).items()}
-            layers.append(values | parameters)
-        return layers
+def build_subjects(args: argparse.Namespace, device: torch.device) -> list[Subject]:
+    """The models of the command line."""
+    labels = unique_labels(args.models)
+    given = dict(device=device, input_size=args.input_size, seed=args.seed)
+    return [build_subject(spec, label, **given) for spec, label in zip(args.models, labels, strict=True)]
 
 
-def measure(args: argparse.Namespace, subjects: Sequence[Subject], device: torch.device) -> list[Result]:
-    """One pass over the images, through all models."""
+def measure_images(args: argparse.Namespace, subjects: Sequence[Subject], device: torch.device) -> list[Result]:
+    """One pass over the chosen images, through all models, with a progress bar."""
     loader, views = build_loader(args, subjects)
-    measurements = [Measurement(subject, args.tokens == "patches") for subject in subjects]
-    with tqdm(total=len(loader.dataset), unit="image", disable=None) as bar:
-        for batch in loader:
-            inputs = [view.to(device, non_blocking=True) for view in batch]
-            for measurement, view in zip(measurements, views, strict=True):
-                measurement.update(inputs[view])
-            bar.update(len(batch[0]))
-    return [
-        Result(
-            subject.label,
-            subject.spec.name,
-            subject.weights,
-            sum(p.numel() for p in subject.model.parameters()),
-            subject.input_size,
-            [layer.name for layer in subject.layers],
-            measurement.results(),
-        )
-        for subject, measurement in zip(subjects, measurements, strict=True)
-    ]
+
+    def batches() -> Iterator[list[Tensor]]:
+        with tqdm(total=len(loader.dataset), unit="image", disable=None) as bar:
+            for batch in loader:
+                inputs = [view.to(device, non_blocking=True) for view in batch]
+                yield [inputs[view] for view in views]
+                bar.update(len(batch[0]))
+
+    return measure(subjects, batches(), args.tokens == "patches")
 
 
 def describe_settings(args: argparse.Namespace, device: torch.device, num_images: int) -> dict[str, Any]:
@@ -267,43 +207,32 @@ def main(args: argparse.Namespace) -> Path:
     """
     check_args(args)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-    subjects = [
-        build_subject(spec, label, args, device)
-        for spec, label in zip(args.models, unique_labels(args.models), strict=True)
-    ]
+    subjects = build_subjects(args, device)
     for subject in subjects:
         if subject.weights == RANDOM_WEIGHTS:
             print(f"note: {subject.label} has random weights: give it --resume or --pretrained", file=sys.stderr)
     folder = Path(args.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
+    results = measure_images(args, subjects, device) if args.data_path else []
+    pictures = [draw_image(args, subjects, device, folder)] if args.image else []
+    settings = describe_settings(args, device, results[0].num_images if results else 0)
+    return write_analysis(results, folder, settings, pictures)
 
-    results = measure(args, subjects, device) if args.data_path else []
-    pictures = draw_all(results) if results else []
-    num_images = results[0].layers[0]["hc_dc_mlp"].count if results else 0
-    settings = describe_settings(args, device, num_images)
-    if results:
-        write_csv(folder / "analysis.csv", tidy_rows(results))
-        text = json.dumps(as_json(results, settings), indent=1, allow_nan=False)
-        (folder / "analysis.json").write_text(text, encoding="utf-8")
-    if args.image:
-        picture = load_image(args.image)
-        transforms = [build_transform(False, with_input_size(args, s.input_size), s.data_config) for s in subjects]
-        maps = [
-            token_map(subject, transform(picture).to(device), args.layer)
-            for subject, transform in zip(subjects, transforms, strict=True)
-        ]
-        write_csv(folder / "token_map.csv", token_map_rows(maps))
-        caption = (
-            "Averaged over heads and multiplied by the number of tokens N: uniform attention is 1 in the second "
-            "column and 0 in the third."
-        )
-        title = f"Attention over {Path(args.image).name}"
-        pictures.append(Picture("token_map.png", title, caption, draw_token_maps(maps)))
-    for item in pictures:
-        item.figure.savefig(folder / item.file, dpi=130)
-    report = folder / "report.html"
-    report.write_text(render_report(results, pictures, folder, settings), encoding="utf-8")
-    return report
+
+def draw_image(args: argparse.Namespace, subjects: Sequence[Subject], device: torch.device, folder: Path) -> Picture:
+    """The attention of ``--layer`` over ``--image``, and token_map.csv with its numbers."""
+    picture = load_image(args.image)
+    transforms = [build_transform(False, with_input_size(args, s.input_size), s.data_config) for s in subjects]
+    maps = [
+        token_map(subject, transform(picture).to(device), args.layer)
+        for subject, transform in zip(subjects, transforms, strict=True)
+    ]
+    write_csv(folder / "token_map.csv", token_map_rows(maps))
+    caption = (
+        "Averaged over heads and multiplied by the number of tokens N: uniform attention is 1 in the second "
+        "column and 0 in the third."
+    )
+    return Picture("token_map.png", f"Attention over {Path(args.image).name}", caption, draw_token_maps(maps))
 
 
 if __name__ == "__main__":

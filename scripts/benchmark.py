@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import models
+import oversmoothing
 from scripts.benchmark_data import data_table
 from scripts.benchmark_step import scaling_table, step_table
 
@@ -117,7 +117,7 @@ def build(name: str, img_size: int | None, device: torch.device, **kwargs: Any) 
     model = timm.create_model(name, **kwargs).to(device)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if models.is_remedy_parameter(parameter_name):
+            if oversmoothing.is_remedy_parameter(parameter_name):
                 parameter.normal_(std=0.3)
     return model
 
@@ -189,7 +189,7 @@ def count_macs(runner: Runner) -> int:
 
     So they are comparable with published numbers; the counter does not see into fused attention either.
     """
-    model = models.set_fused(copy.deepcopy(runner.model), False).eval()
+    model = oversmoothing.set_fused(copy.deepcopy(runner.model), False).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(runner.images[:1])
     return counter.get_total_flops() // 2

@@ -31,13 +31,15 @@ import torch
 from PIL import Image, ImageEnhance
 from sklearn.datasets import load_sample_images
 
+from readers.loader import build_loader, seeded
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
 import fastload
 import options
 import samplers
-import shards
+from readers import shards
 from scripts.prepare_wds import prepare_wds
 
 SIZE = (500, 375)  # the most frequent of ImageNet
@@ -158,7 +160,7 @@ def compare_loaders(sets: dict[str, Any], number: int, rounds: int, batch_size: 
     for name, dataset in sets.items():
         subset = torch.utils.data.Subset(dataset, [i % len(dataset) for i in range(number)])
         sampler = samplers.build_samplers(subset, subset, world_size=1, rank=0, repeated_aug=False, seed=0)[0]
-        loaders[name] = datasets.build_loader(
+        loaders[name] = build_loader(
             subset, sampler, batch_size=batch_size, num_workers=1, pin_memory=False, drop_last=True
         )
     costs: dict[str, list[float]] = {name: [] for name in sets}
@@ -213,7 +215,7 @@ def stages(sets: dict[str, Any], recipe: argparse.Namespace, repeats: int) -> li
         for seed in range(repeats):
             batch = []
             for i, path in enumerate(files):
-                with datasets._seeded(samplers.sample_seed(seed, 0, 0, i)):
+                with seeded(samplers.sample_seed(seed, 0, 0, i)):
                     image = timed("open" if name == "fast" else "open, decode", dataset.loader, path)
                     for step in dataset.transform.transforms:
                         stage = getattr(step, "__name__", type(step).__name__).strip("_")

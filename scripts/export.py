@@ -26,11 +26,19 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, so it runs from any folder
 
-import build
+
 import datasets
-from checkpoints import CheckpointError, read
-from options import ArgumentError, check_args, get_args_parser
-from weights import load_weights, number_of_classes
+import models  # noqa: F401  (registers the zoo with timm)
+from options import ArgumentError
+from oversmoothing.weights import (
+    CheckpointError,
+    ModelError,
+    check_model_name,
+    model_from_checkpoint,
+    number_of_classes,
+    read_checkpoint,
+    trained_with,
+)
 
 ENDINGS = (".safetensors", ".onnx", ".pt2")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -48,46 +56,25 @@ def describe(checkpoint: dict[str, Any], weights: str, args: argparse.Namespace)
         args: Flags; what they give goes before what the checkpoint says.
 
     Raises:
-        ArgumentError: The model's name is unknown.
+        ModelError: The model's name is unknown.
     """
-    saved = checkpoint.get("args") or {}
+    saved = trained_with(checkpoint)
     given = {name: value for name, value in vars(args).items() if value is not None}
     told = saved | given
     name, input_size = told.get("model"), told.get("input_size")
     if name is not None:
-        build.check_model_names(get_args_parser().parse_args(["--model", name]))
+        check_model_name(name)
         input_size = timm.get_pretrained_cfg(name).input_size[-1] if input_size is None else input_size
     num_classes = told.get("num_classes")
     return {
         "model": name,
-        "model_kwargs": told.get("model_kwargs") or {},
+        "model_kwargs": {**saved.get("model_kwargs", {}), **(args.model_kwargs or {})},
         "num_classes": number_of_classes(checkpoint[weights]) if num_classes is None else num_classes,
         "input_size": input_size,
         "weights": weights,
         "epoch": checkpoint.get("epoch"),
         "max_accuracy": checkpoint.get("max_accuracy"),
     }
-
-
-def build_model(about: dict[str, Any], state_dict: dict[str, Tensor], source: str) -> nn.Module:
-    """The described model with its weights, for evaluation.
-
-    Raises:
-        ArgumentError: It cannot be built.
-        CheckpointError: The weights are not its weights.
-    """
-    args = get_args_parser().parse_args(["--model", about["model"]])
-    for name in ("input_size", "num_classes", "model_kwargs"):
-        setattr(args, name, about[name])
-    check_args(args)
-    model = build.build_model(args, args.num_classes)
-    try:
-        load_weights(model, state_dict, source=source)
-    except CheckpointError as error:
-        fault = str(error).rpartition(": ")[0]  # without the way out, which is main.py's
-        flags = "--model, --model-kwargs, --num-classes and --input-size"
-        raise CheckpointError(f"{fault}: {flags} must say what was trained; main.py --finetune adapts") from error
-    return model.eval().requires_grad_(False)
 
 
 def preprocessing(model: nn.Module, input_size: int, crop_ratio: float | None) -> dict[str, Any]:
@@ -146,6 +133,7 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         ArgumentError: A flag is missing or wrong.
+        ModelError: The model cannot be built.
         CheckpointError: The checkpoint cannot be read, or has no EMA weights, or is of another model than is said; or
             the model cannot be exported, or what was written computes something else.
     """
@@ -159,7 +147,7 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     absent = [name for name in ONNX_PACKAGES if suffix == ".onnx" and importlib.util.find_spec(name) is None]
     if absent:
         raise ArgumentError(f"--output {output} needs {', '.join(absent)}: pip install -r requirements.txt")
-    checkpoint = read(args.checkpoint)
+    checkpoint = read_checkpoint(args.checkpoint)
     weights = "model_ema" if args.ema else "model"
     if checkpoint.get(weights) is None:
         raise CheckpointError(f"{args.checkpoint}: has no EMA weights: leave --ema out")
@@ -167,8 +155,13 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     state_dict = {name: tensor.clone().contiguous() for name, tensor in checkpoint[weights].items()}
     about = describe(checkpoint, weights, args)
     missing = [flag for flag in ("model", "num_classes") if about[flag] is None]
-    model = None if missing else build_model(about, state_dict, args.checkpoint)
-    if model is not None:
+    model = None
+    if not missing:
+        given = {flag: about[flag] for flag in ("num_classes", "input_size", "model_kwargs")}
+        model = model_from_checkpoint(
+            {**checkpoint, "model": state_dict}, source=args.checkpoint, name=about["model"], **given
+        )
+        model.eval().requires_grad_(False)
         crop_ratio = (checkpoint.get("args") or {}).get("eval_crop_ratio")
         about["preprocessing"] = preprocessing(model, about["input_size"], crop_ratio)
     elif suffix != ".safetensors":
@@ -236,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         about = export(args)
-    except (ArgumentError, CheckpointError, datasets.DataError, OSError) as error:
+    except (ArgumentError, CheckpointError, ModelError, datasets.DataError, OSError) as error:
         parser.error(str(error))
     print(f"wrote {args.output} and {args.output.with_suffix('.json')}")
     if args.output.suffix == ".safetensors":

@@ -32,10 +32,9 @@ from webdataset import TarWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import archives
 import datasets
-import shards
-from archives import DataError, Member
+from readers import archives, shards
+from readers.archives import DataError, Member
 
 SPLITS = ("train", "val")
 SIZE = re.compile(r"(\d+)(MB)?", re.IGNORECASE)

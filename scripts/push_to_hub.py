@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 import checkpoints
 import models
 import options
-import weights
-from checkpoints import CheckpointError
+import oversmoothing
 from datasets import NOMINAL_CLASSES
+from oversmoothing.weights import CheckpointError, ModelError, model_from_checkpoint, read_checkpoint
 from scripts.plot_log import LogError, read_log
 
 # --data-set -> its name on the Hub where it has one, and in words.
@@ -77,27 +77,6 @@ def find_checkpoint(source: str) -> str:
         if (folder / name).exists():
             return str(folder / name)
     raise CheckpointError(f"{source}: holds neither {checkpoints.BEST} nor {checkpoints.CURRENT}: give a run's folder")
-
-
-def build(source: str, checkpoint: dict[str, Any], args: argparse.Namespace) -> nn.Module:
-    """The model of a checkpoint with its weights; the flags of this command win over what the checkpoint says.
-
-    Raises:
-        CheckpointError: If it does not say its model, or the weights are not those of it.
-    """
-    trained = checkpoint.get("args") or {}
-    name = args.model or trained.get("model")
-    if name is None or not timm.is_model(name):
-        raise CheckpointError(f"{source}: is of model {name}, which is not known here: give --model (--model-kwargs)")
-    state_dict = checkpoint["model_ema" if args.ema else "model"]
-    if state_dict is None:
-        raise CheckpointError(f"{source}: has no EMA weights: leave --ema out")
-    kwargs = {"num_classes": weights.number_of_classes(state_dict)}
-    if timm.get_pretrained_cfg(name).fixed_input_size and trained.get("input_size"):
-        kwargs["img_size"] = trained["input_size"]
-    model = timm.create_model(name, **(kwargs | (trained.get("model_kwargs") or {}) | args.model_kwargs))
-    weights.load_weights(model, state_dict, source=source)
-    return model
 
 
 def recipe(trained: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +172,7 @@ def model_card(
         ]
         or None,
     )
-    lambdas = sum(p.numel() for n, p in model.named_parameters() if models.is_remedy_parameter(n))
+    lambdas = sum(p.numel() for n, p in model.named_parameters() if oversmoothing.is_remedy_parameter(n))
     size = timm.data.resolve_model_data_config(model)["input_size"][-1]
     ours = name in models.list_models()
     usage = [
@@ -239,8 +218,11 @@ def write_folder(folder: Path, args: argparse.Namespace) -> None:
         AssertionError: If what was written is another model than what was read.
     """
     source = find_checkpoint(args.run)
-    checkpoint = checkpoints.read(source)
-    model = build(source, checkpoint, args)
+    checkpoint = read_checkpoint(source)
+    weights = "model_ema" if args.ema else "model"
+    model = model_from_checkpoint(
+        checkpoint, source=source, name=args.model, weights=weights, model_kwargs=args.model_kwargs
+    )
     crop_pct = (checkpoint.get("args") or {}).get("eval_crop_ratio")
     save_for_hf(
         model,
@@ -311,7 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_folder(Path(folder), args)
             print(f"uploaded: {upload(Path(folder), args.repository, args.private)}")
-    except CheckpointError as error:
+    except (CheckpointError, ModelError) as error:
         parser.error(str(error))
     except (HTTPError, OSError) as error:
         cause = str(error).strip().splitlines()[0][:200]

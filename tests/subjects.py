@@ -7,7 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from scripts import analysis_inputs, analysis_results, analyze
+from oversmoothing.analysis import results as analysis_results
+from oversmoothing.analysis.subject import Subject, build_subject
+from scripts import analyze
 
 KWARGS = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3)
 SMALL = ["--model-kwargs", *(f"{key}={value}" for key, value in KWARGS.items())]
@@ -26,11 +28,11 @@ def write_photos(folder: Path) -> Path:
     return folder
 
 
-def subject_of(name: str, **kwargs: object) -> analysis_inputs.Subject:
+def subject_of(name: str, **kwargs: object) -> Subject:
     """A small model, built as the command builds it."""
     args = analyze.get_parser().parse_args(["--model", name, *SMALL])
     args.models[0].kwargs |= kwargs
-    return analysis_inputs.build_subject(args.models[0], name, args, torch.device("cpu"))
+    return build_subject(args.models[0], name, device=torch.device("cpu"))
 
 
 def measured(*argv: object) -> list[analysis_results.Result]:
@@ -38,8 +40,7 @@ def measured(*argv: object) -> list[analysis_results.Result]:
     args = analyze.get_parser().parse_args([str(value) for value in argv])
     analyze.check_args(args)
     device = torch.device("cpu")
-    subjects = [analysis_inputs.build_subject(spec, spec.name, args, device) for spec in args.models]
-    return analyze.measure(args, subjects, device)
+    return analyze.measure_images(args, analyze.build_subjects(args, device), device)
 
 
 def assert_equal_results(first: analysis_results.Result, second: analysis_results.Result) -> None:

@@ -3,13 +3,15 @@
 import torch
 from subjects import subject_of
 
-from scripts import analysis_figures, analysis_results, analyze
+from oversmoothing.analysis import figures as analysis_figures
+from oversmoothing.analysis import results as analysis_results
+from oversmoothing.analysis.measurement import Measurement
 
 
 def test_figures_cover_every_layer_of_12_and_of_24() -> None:
     for depth, shape in ((12, (3, 4)), (24, (4, 6))):
         subject = subject_of("attnscale_small_12", depth=depth)
-        measurement = analyze.Measurement(subject)
+        measurement = Measurement(subject)
         measurement.update(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
         result = analysis_results.Result(
             "label", "name", "weights", 1, 32, [layer.name for layer in subject.layers], measurement.results()

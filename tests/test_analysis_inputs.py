@@ -8,16 +8,16 @@ import torch
 from PIL import Image
 from subjects import KWARGS, SMALL, assert_equal_results, measured, subject_of, write_photos
 
-import checkpoints
-import probe
 from datasets import DataError
-from models.attnscale import AttnScaleAttention
-from scripts import analysis_inputs
+from oversmoothing.analysis import probe
+from oversmoothing.analysis.subject import ModelSpec, unique_labels
+from oversmoothing.remedies.attnscale import AttnScaleAttention
+from oversmoothing.weights import CheckpointError
 
 
 def test_models_of_one_name_get_distinct_labels() -> None:
-    specs = [analysis_inputs.ModelSpec("a"), analysis_inputs.ModelSpec("b", label="a"), analysis_inputs.ModelSpec("b")]
-    assert analysis_inputs.unique_labels(specs) == ["a #1", "a #2", "b"]
+    specs = [ModelSpec("a"), ModelSpec("b", label="a"), ModelSpec("b")]
+    assert unique_labels(specs) == ["a #1", "a #2", "b"]
 
 
 def test_a_data_set_of_main_is_evaluated_on_its_validation_images(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "attnscale.pth"
     torch.save({"model": timm.create_model("attnscale_small_12", num_classes=7, **KWARGS).state_dict()}, file)
-    with pytest.raises(checkpoints.CheckpointError, match="lamb"):
+    with pytest.raises(CheckpointError, match="lamb"):
         measured("--data-path", write_photos(tmp_path), "--model", "deit_small_12", *SMALL, "--resume", file)
 
 

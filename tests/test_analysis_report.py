@@ -5,7 +5,7 @@ from pathlib import Path
 
 from subjects import SMALL, measured, write_photos
 
-from scripts import analysis_report
+from oversmoothing.analysis import report as analysis_report
 
 
 def test_labels_are_escaped_in_the_report(tmp_path: Path) -> None:

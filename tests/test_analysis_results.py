@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from scripts import analysis_results
+from oversmoothing.analysis import results as analysis_results
 
 
 def test_running_mean_does_not_depend_on_the_batches() -> None:

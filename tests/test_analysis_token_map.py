@@ -4,7 +4,9 @@ import pytest
 import torch
 from subjects import dense_maps, subject_of
 
-from scripts import analysis_inputs, analysis_token_map, analyze
+from oversmoothing.analysis import token_map as analysis_token_map
+from oversmoothing.analysis.subject import build_subject
+from scripts import analyze
 
 
 def test_token_map_is_the_class_tokens_attention_and_attnscales_change_of_it() -> None:
@@ -31,6 +33,6 @@ def test_token_map_of_windows_or_of_a_missing_layer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--layer 3: .* blocks 0 to 2"):
         analysis_token_map.token_map(subject_of("vit_tiny_patch16_224"), torch.zeros(3, 32, 32), 3)
     args = analyze.get_parser().parse_args(["--model", "swin_tiny_patch4_window7_224"])
-    swin = analysis_inputs.build_subject(args.models[0], "swin", args, torch.device("cpu"))
+    swin = build_subject(args.models[0], "swin", device=torch.device("cpu"))
     with pytest.raises(ValueError, match="windows of 49 tokens"):
         analysis_token_map.token_map(swin, torch.zeros(3, 224, 224), 0)

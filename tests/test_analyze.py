@@ -14,12 +14,13 @@ import timm
 import torch
 from subjects import KWARGS, NUM_IMAGES, SMALL, assert_equal_results, dense_maps, measured, subject_of, write_photos
 
-import checkpoints
 import options
-import spectrum
 from datasets import build_transform
-from scripts import analysis_inputs, analysis_results, analyze
-from weights import load_weights
+from oversmoothing.analysis import results as analysis_results
+from oversmoothing.analysis import spectrum
+from oversmoothing.analysis.measurement import Measurement
+from oversmoothing.weights import load_weights, read_checkpoint
+from scripts import analysis_images, analyze
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -122,10 +123,10 @@ def test_all_wrong_flags_are_named_at_once() -> None:
 
 def test_numbers_equal_those_of_the_dense_attention_maps(output: Path, photos: Path, attnscale_file: Path) -> None:
     model = timm.create_model("attnscale_small_12", num_classes=7, **KWARGS).eval()
-    load_weights(model, checkpoints.read(attnscale_file)["model"], source="test")
+    load_weights(model, read_checkpoint(attnscale_file)["model"], source="test")
     args = analyze.get_parser().parse_args(["--data-path", str(photos)])
-    transform = build_transform(False, analysis_inputs.with_input_size(args, 32), None)
-    images = torch.stack([image for image, _ in analysis_inputs.ImageFiles(photos, transform)])
+    transform = build_transform(False, analysis_images.with_input_size(args, 32), None)
+    images = torch.stack([image for image, _ in analysis_images.ImageFiles(photos, transform)])
     features = model.forward_intermediates(images, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True)
     maps = dense_maps(model, images)
 
@@ -178,7 +179,7 @@ def test_the_result_does_not_depend_on_the_batch_size(photos: Path) -> None:
 
 
 def test_a_measurement_does_not_grow_with_the_images() -> None:
-    measurement = analyze.Measurement(subject_of("vit_tiny_patch16_224"))
+    measurement = Measurement(subject_of("vit_tiny_patch16_224"))
 
     def size() -> int:
         running = [running for layer in measurement.layers for running in layer.values()]

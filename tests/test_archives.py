@@ -16,11 +16,12 @@ from runs import tiny_tree
 from test_datasets import make_args, random_image
 from torch.utils.data import DataLoader, Dataset
 
-import archives
 import datasets
 import fastload
-from archives import DataError
 from options import get_args_parser
+from readers import archives
+from readers.archives import DataError
+from readers.loader import AddressedDataset, build_loader
 from samplers import build_samplers
 
 # A machine with fewer cores than a test has workers is no problem here.
@@ -95,7 +96,7 @@ def a_macs_zip(tree: Path, target: Path) -> Path:
 def assert_same_samples(ours: Dataset, theirs: Dataset) -> None:
     """Bit for bit, with the same random draws."""
     assert len(ours) == len(theirs)
-    ours, theirs = datasets.AddressedDataset(ours), datasets.AddressedDataset(theirs)
+    ours, theirs = AddressedDataset(ours), AddressedDataset(theirs)
     for index in range(len(theirs)):
         (image, label), (expected, expected_label) = ours[index, index], theirs[index, index]
         assert label == expected_label and torch.equal(image, expected)
@@ -128,9 +129,7 @@ def test_an_archive_gives_the_samples_of_the_unpacked_tree_to_the_bit(
 
 def epoch(dataset: Dataset, num_workers: int) -> list[torch.Tensor]:
     sampler, _ = build_samplers(dataset, dataset, world_size=1, rank=0, repeated_aug=True, seed=3)
-    loader = datasets.build_loader(
-        dataset, sampler, batch_size=4, num_workers=num_workers, pin_memory=False, drop_last=True
-    )
+    loader = build_loader(dataset, sampler, batch_size=4, num_workers=num_workers, pin_memory=False, drop_last=True)
     return [tensor for batch in loader for tensor in batch]
 
 

@@ -22,7 +22,7 @@ import torch
 from states import Hostile, small_vit, training_state
 
 import checkpoints
-from checkpoints import CheckpointError
+from oversmoothing.weights import CheckpointError, read_checkpoint
 
 ROOT = Path(checkpoints.__file__).resolve().parent
 needs_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mount and setuid need root")
@@ -43,7 +43,7 @@ def state() -> dict[str, Any]:
 
 def read_saved(content: Any, path: Path, **kwargs: Any) -> dict[str, Any]:
     torch.save(content, path, **kwargs)
-    return checkpoints.read(str(path))
+    return read_checkpoint(str(path))
 
 
 # ---- assemble, write, read back ----
@@ -52,7 +52,7 @@ def read_saved(content: Any, path: Path, **kwargs: Any) -> dict[str, Any]:
 def test_a_checkpoint_is_read_by_plain_torch_with_and_without_mmap(state: dict[str, Any], tmp_path: Path) -> None:
     checkpoints.save(state, tmp_path)
     path = tmp_path / "checkpoint.pth"
-    for loaded in (torch.load(path, weights_only=True), torch.load(path, mmap=True), checkpoints.read(str(path))):
+    for loaded in (torch.load(path, weights_only=True), torch.load(path, mmap=True), read_checkpoint(str(path))):
         tensors = ("model", "model_ema", "optimizer")
         for key in tensors:
             torch.testing.assert_close(loaded[key], state[key], rtol=0, atol=0)
@@ -73,7 +73,7 @@ def test_previous_best_and_numbered_files(tmp_path: Path) -> None:
     for epoch in range(4):
         checkpoints.save(training_state(epoch), tmp_path, is_best=epoch == 1, keep=2)
     checkpoints.save(training_state(3, step=7), tmp_path, keep=2)  # within epoch 4: not numbered
-    epochs = {path.name: checkpoints.read(path)["epoch"] for path in tmp_path.iterdir()}
+    epochs = {path.name: read_checkpoint(path)["epoch"] for path in tmp_path.iterdir()}
     assert epochs == {
         "checkpoint.pth": 3, "checkpoint_prev.pth": 3, "best_checkpoint.pth": 1,
         "checkpoint_0002.pth": 2, "checkpoint_0003.pth": 3,
@@ -116,7 +116,7 @@ def test_no_truncation_and_no_flipped_bit_is_accepted(state: dict[str, Any], tmp
     for version in damaged:
         path.write_bytes(version)
         with pytest.raises(CheckpointError, match=r"checkpoint\.pth: .*(damaged|cut short|is not a checkpoint)"):
-            checkpoints.read(str(path))
+            read_checkpoint(str(path))
         found, checkpoint = checkpoints.latest(tmp_path)
         assert found == previous and checkpoint["epoch"] == 0
     path.write_bytes(content)
@@ -176,7 +176,7 @@ def check(finished):
     assert epoch in (finished, finished + 1), (epoch, finished)  # + 1: killed between the rename and the report
     for name in os.listdir(folder):
         if name.endswith(".pth"):
-            checkpoints.read(os.path.join(folder, name))  # each name is a whole file at any moment
+            read_checkpoint(os.path.join(folder, name))  # each name is a whole file at any moment
     numbered = [name for name in os.listdir(folder) if name.startswith("checkpoint_0")]
     # After the last epoch nobody comes to remove what a killed save has left.
     assert len(numbered) <= 2 or max(numbered) != f"checkpoint_{epoch:04d}.pth", (numbered, epoch)
@@ -281,14 +281,14 @@ def test_a_read_only_folder_is_one_clear_error(state: dict[str, Any], tmp_path: 
 
 SAVE_UNDER_SIZE_LIMITS = """
 import os, resource, signal, sys, checkpoints
-state = checkpoints.read(sys.argv[1] + "/checkpoint.pth")
+state = read_checkpoint(sys.argv[1] + "/checkpoint.pth")
 size, hard = os.path.getsize(sys.argv[1] + "/checkpoint.pth"), resource.RLIM_INFINITY
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 for fraction in (0.0001, 0.01, 0.5, 0.9, 0.9999):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(size * fraction), hard))
     try:
         checkpoints.save({**state, "epoch": 1}, sys.argv[1])
-    except checkpoints.CheckpointError as error:
+    except CheckpointError as error:
         print(error)
 """
 
@@ -326,7 +326,7 @@ def test_ctrl_c_while_saving_is_no_write_error(tmp_path: Path) -> None:
 
 SAVE_AS_NOBODY = """
 import os, sys, checkpoints
-state = checkpoints.read(sys.argv[1] + "/checkpoint.pth")
+state = read_checkpoint(sys.argv[1] + "/checkpoint.pth")
 os.setuid(65534)
 try:
     os.link(sys.argv[1] + "/checkpoint.pth", sys.argv[1] + "/try")
@@ -347,7 +347,7 @@ def test_without_hard_links_a_save_still_keeps_the_previous_file(state: dict[str
         if not result.returncode and not result.stdout:
             pytest.skip("a hard link to another user's file is allowed on this system")
         assert result.returncode == 0, result.stderr
-        epochs = {path.name: checkpoints.read(path)["epoch"] for path in Path(folder).iterdir()}
+        epochs = {path.name: read_checkpoint(path)["epoch"] for path in Path(folder).iterdir()}
     assert epochs == {"checkpoint.pth": 1, "checkpoint_prev.pth": 0, "best_checkpoint.pth": 1}
 
 
@@ -381,7 +381,7 @@ def test_every_layout_gives_the_same_weights(content: dict[str, Any], zipped: bo
 def test_safetensors_and_other_endings_are_told_apart_by_content(tmp_path: Path) -> None:
     for name in ("x.safetensors", "x.pth"):
         safetensors.torch.save_file(WEIGHTS, tmp_path / name)
-        torch.testing.assert_close(checkpoints.read(str(tmp_path / name))["model"], WEIGHTS)
+        torch.testing.assert_close(read_checkpoint(str(tmp_path / name))["model"], WEIGHTS)
     for name in ("x.bin", "x.pt", "y.safetensors"):
         torch.testing.assert_close(read_saved(WEIGHTS, tmp_path / name)["model"], WEIGHTS)
 
@@ -419,7 +419,7 @@ def test_other_files_are_refused_by_their_kind(content: bytes, message: str, tmp
     path = tmp_path / "x.pth"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"x\.pth: .*{message}"):
-        checkpoints.read(str(path))
+        read_checkpoint(str(path))
     assert path.read_bytes() == content  # a download would be removed, a file of the user's never
 
 
@@ -435,12 +435,12 @@ def test_a_file_without_a_state_dict_says_so(content: Any, tmp_path: Path) -> No
 
 def test_missing_paths_folders_and_files_of_a_newer_version(state: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
-        checkpoints.read(str(tmp_path / "x.pth"))
+        read_checkpoint(str(tmp_path / "x.pth"))
     with pytest.raises(CheckpointError, match="is a folder"):
-        checkpoints.read(str(tmp_path))
+        read_checkpoint(str(tmp_path))
     checkpoints.save({**state, "format": 99}, tmp_path)
     with pytest.raises(CheckpointError, match="format 99, newer"):
-        checkpoints.read(str(tmp_path / "checkpoint.pth"))
+        read_checkpoint(str(tmp_path / "checkpoint.pth"))
 
 
 @contextlib.contextmanager
@@ -463,7 +463,7 @@ def test_a_file_or_folder_that_may_not_be_read_says_so(state: dict[str, Any]) ->
         checkpoints.save(state, folder)
         (folder / "checkpoint.pth").chmod(0o000)
         with without_root_rights(), pytest.raises(CheckpointError, match="check its permissions"):
-            checkpoints.read(str(folder / "checkpoint.pth"))
+            read_checkpoint(str(folder / "checkpoint.pth"))
         folder.chmod(0o000)
         with without_root_rights(), pytest.raises(CheckpointError, match="cannot look for a checkpoint to reload"):
             checkpoints.latest(folder)
@@ -478,13 +478,13 @@ def test_a_foreign_zip_with_a_flipped_bit_or_cut_short_is_refused(good: bytes, t
     content[len(content) // 2] ^= 16
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="wrong CRC"):
-        checkpoints.read(str(path))
+        read_checkpoint(str(path))
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match="truncated or damaged"):
-        checkpoints.read(str(path))
+        read_checkpoint(str(path))
     path.write_bytes(good)
     with pytest.raises(CheckpointError, match="no SHA-256 digest"):
-        checkpoints.read(str(path))
+        read_checkpoint(str(path))
 
 
 # ---- nothing in a file is executed ----
@@ -520,14 +520,14 @@ def test_a_plain_pickle_under_another_name_executes_nothing(kind: str, protocol:
     marker, path = tmp_path / "executed", tmp_path / "x.safetensors"
     path.write_bytes(pickle.dumps(hostile_contents(marker)[kind], protocol=protocol))
     with pytest.raises(CheckpointError):
-        checkpoints.read(str(path))
+        read_checkpoint(str(path))
     assert not marker.exists()
 
 
 def test_a_valid_digest_gives_a_hostile_file_no_trust(state: dict[str, Any], tmp_path: Path) -> None:
     checkpoints.save({**state, "args": Hostile(tmp_path / "executed")}, tmp_path)
     with pytest.raises(CheckpointError, match=r"refused, it asks for the Python object (posix|nt)\.system"):
-        checkpoints.read(str(tmp_path / "checkpoint.pth"))
+        read_checkpoint(str(tmp_path / "checkpoint.pth"))
     with pytest.raises(CheckpointError, match="none of its checkpoints can be used"):
         checkpoints.latest(tmp_path)
     assert not (tmp_path / "executed").exists()

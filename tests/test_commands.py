@@ -13,9 +13,9 @@ import timm
 import torch
 from runs import ROOT, TINY, Run, environment, expect, run_main, tiny_tree
 
-import models
-from checkpoints import read
-from utils import EpochLog
+import oversmoothing
+from oversmoothing.weights import read_checkpoint
+from reporting import EpochLog
 
 NAMES = ("attnscale_small_12", "attnscale_small_24", "featscale_small_12", "featscale_small_24")
 NAMES += ("attnscale_cait_s24_224", "featscale_cait_s24_224", "eval_attnscale_small_12")
@@ -109,10 +109,10 @@ def assert_trained(output: str, folder: Path, epochs: int = 1) -> None:
     assert f"Accuracy of the network on the {VAL} test images" in output
     log = EpochLog.read(folder / "log.txt")
     assert [line["epoch"] for line in log] == list(range(epochs))
-    checkpoint = read(folder / "checkpoint.pth")
+    checkpoint = read_checkpoint(folder / "checkpoint.pth")
     assert (checkpoint["epoch"], checkpoint["step"]) == (epochs - 1, 0)
     # AdamW moves a parameter with a gradient; the remedy's own have one from the first step on.
-    lambdas = {n: t for n, t in checkpoint["model"].items() if models.is_remedy_parameter(n)}
+    lambdas = {n: t for n, t in checkpoint["model"].items() if oversmoothing.is_remedy_parameter(n)}
     assert lambdas and all(tensor.abs().max() > 0 for tensor in lambdas.values())
 
 
@@ -166,7 +166,7 @@ def test_the_featscale_fine_tuning_starts_from_a_cait_file_with_the_trees_own_cl
     assert "left at initial value: blocks.*.lamb1 (24), blocks.*.lamb2 (24)" in output
     assert_trained(output, folder)
     # One epoch at the warm-up rate of 1e-6: still close to the published weights, so those were what it started from.
-    trained = read(folder / "checkpoint.pth")["model"]
+    trained = read_checkpoint(folder / "checkpoint.pth")["model"]
     assert all((trained[name] - tensor).abs().max() < 1e-4 for name, tensor in published.items())
 
 

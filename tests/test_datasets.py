@@ -19,18 +19,8 @@ from PIL import Image
 from timm.data import resolve_data_config
 from torchvision import transforms
 
-from datasets import (
-    NOMINAL_CLASSES,
-    AddressedDataset,
-    DataError,
-    build_dataset,
-    build_loader,
-    build_transform,
-    count_classes,
-    explain_loader_errors,
-    load_image,
-    to_rgb,
-)
+from datasets import NOMINAL_CLASSES, DataError, build_dataset, build_transform, count_classes, load_image, to_rgb
+from readers.loader import AddressedDataset, build_loader, explain_loader_errors
 from samplers import build_samplers
 
 DEIT = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.875, "interpolation": "bicubic"}

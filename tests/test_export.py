@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-import checkpoints
 import datasets
-import models
+import oversmoothing
+from oversmoothing.weights import load_weights, read_checkpoint
+from reporting import EpochLog
 from scripts import export
-from utils import EpochLog
-from weights import load_weights
 
 PAGE = ROOT / "docs" / "export.md"
 SIZE = dict(patch_size=8, embed_dim=24, depth=2, num_heads=2)
@@ -47,7 +46,7 @@ def build(name: str) -> nn.Module:
     model = timm.create_model(name, num_classes=5, img_size=32, **size_of(name))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if models.is_remedy_parameter(key) or "gamma" in key or key == "head.weight":
+            if oversmoothing.is_remedy_parameter(key) or "gamma" in key or key == "head.weight":
                 parameter.normal_(std=0.5)
     return model.eval()
 
@@ -116,7 +115,7 @@ def test_the_exported_model_computes_what_the_model_does(
 def test_exported_weights_rebuild_the_model(weights: str, run: Path, tmp_path: Path) -> None:
     source, output = run / "run" / "checkpoint.pth", tmp_path / "out.safetensors"
     export.main(["--checkpoint", str(source), "--output", str(output), *(["--ema"] if weights == "model_ema" else [])])
-    checkpoint = checkpoints.read(source)
+    checkpoint = read_checkpoint(source)
     torch.testing.assert_close(load_file(output), checkpoint[weights], rtol=0, atol=0)
     assert not torch.equal(checkpoint["model"]["head.weight"], checkpoint["model_ema"]["head.weight"])
     assert output.stat().st_mode == output.with_suffix(".json").stat().st_mode  # whoever reads one reads the other
@@ -126,7 +125,7 @@ def test_exported_weights_rebuild_the_model(weights: str, run: Path, tmp_path: P
     model = timm.create_model(
         about["model"], num_classes=about["num_classes"], img_size=about["input_size"], **about["model_kwargs"]
     )
-    assert load_weights(model, checkpoints.read(output)["model"], source="out.safetensors") == []
+    assert load_weights(model, read_checkpoint(output)["model"], source="out.safetensors") == []
 
 
 def test_an_exported_run_has_the_accuracy_that_the_run_logged(run: Path, tmp_path: Path) -> None:
@@ -224,7 +223,7 @@ def test_a_wrong_argument_is_one_line_and_writes_nothing(
     torch.save({"fc.weight": torch.zeros(3, 4)}, tmp_path / "headless.pth")
     model = saved("attnscale_tiny_12", tmp_path / "good.pth")
     broken = model.state_dict() | {"head.bias": torch.full((5,), torch.nan)}
-    torch.save(checkpoints.read(tmp_path / "good.pth") | {"model": broken}, tmp_path / "nan.pth")
+    torch.save(read_checkpoint(tmp_path / "good.pth") | {"model": broken}, tmp_path / "nan.pth")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit) as left:
         export.main(["--checkpoint", str(tmp_path / source), "--output", str(tmp_path / output), *flags])

@@ -17,6 +17,7 @@ import build
 import datasets
 import fastload
 from options import get_args_parser
+from readers.loader import build_loader, seeded
 from samplers import build_samplers, sample_seed
 from scripts.benchmark_data import make_photographs
 from utils import World, seed_everything
@@ -41,13 +42,13 @@ def make_args(path: Path | str = "", *flags: str) -> Namespace:
 
 
 def plain_image(path: Path | str, seed: int, args: Namespace) -> Tensor:
-    with datasets._seeded(seed):
+    with seeded(seed):
         return datasets.build_transform(True, args)(datasets.load_image(str(path)))
 
 
 def fast_image(path: Path | str, seed: int, args: Namespace) -> Tensor:
     """The same through bytes and the device's part."""
-    with datasets._seeded(seed):
+    with seeded(seed):
         pixels = fastload.build_transform(args)(datasets.open_image(str(path)))
     assert pixels.dtype == torch.uint8 and pixels.shape == (args.input_size, args.input_size, 3)
     return fastload.build_device_transform(args)(pixels[None])[0]
@@ -111,7 +112,7 @@ def test_large_files_are_decoded_smaller_and_look_the_same(tmp_path: Path) -> No
     reduced = 0
     for seed in range(40):
         path = tmp_path / "train" / "photographs" / f"{seed % 4:05}.jpg"
-        with datasets._seeded(seed):
+        with seeded(seed):
             image = datasets.open_image(str(path))
             crop(image)
             reduced += image.width < 500
@@ -145,9 +146,9 @@ def test_two_thousand_images_have_the_distribution_of_the_plain_ones(photographs
 
     plain, fast = [], []
     for i in range(2000):
-        with datasets._seeded(sample_seed(0, 0, 0, i)):
+        with seeded(sample_seed(0, 0, 0, i)):
             plain.append(statistics(plain_transform(datasets.load_image(str(paths[i % 40])))))
-        with datasets._seeded(sample_seed(0, 1, 0, i)):
+        with seeded(sample_seed(0, 1, 0, i)):
             pixels = fast_transform(datasets.open_image(str(paths[i % 40])))
             fast.append(statistics(finish(pixels[None])[0]))
     plain, fast = torch.stack(plain).numpy(), torch.stack(fast).numpy()
@@ -229,9 +230,7 @@ def load_epoch(folder: Path, workers: int, *flags: str, done: int = 0, epoch: in
     dataset = fastload.build_dataset(args)[0]
     sampler = build_samplers(dataset, dataset, world_size=2, rank=1, repeated_aug=True, seed=3)[0]
     sampler.set_epoch(epoch, start=4 * done)
-    loader = datasets.build_loader(
-        dataset, sampler, batch_size=4, num_workers=workers, pin_memory=False, drop_last=True
-    )
+    loader = build_loader(dataset, sampler, batch_size=4, num_workers=workers, pin_memory=False, drop_last=True)
     finish = fastload.build_device_transform(args)
     batches = []
     for step, (pixels, labels) in enumerate(loader, start=done):
@@ -264,7 +263,7 @@ def test_workers_do_not_need_their_random_state_back_but_the_main_process_does(p
     random.seed(1)
     torch.manual_seed(1)
     np.random.seed(1)
-    with datasets._seeded(5):
+    with seeded(5):
         fastload.build_transform(make_args())(datasets.open_image(str(next(photographs.glob("train/*/*.jpg")))))
     assert (random.random(), torch.rand(()).item(), np.random.rand()) == expected
 

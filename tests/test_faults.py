@@ -15,7 +15,9 @@ from ranks import Ranks
 from runs import Run, children, command, environment, expect, start_main, tiny_tree
 
 import checkpoints
+import reporting
 import utils
+from oversmoothing.weights import read_checkpoint
 
 RECIPE = (
     *("--model", "attnscale_small_12", "--model-kwargs", "embed_dim=32", "depth=2", "num_heads=2", "patch_size=8"),
@@ -38,7 +40,7 @@ def recipe(tree: Path, tmp_path: Path) -> tuple:
 
 
 def is_finite(path: Path) -> bool:
-    return all(tensor.isfinite().all() for tensor in checkpoints.read(str(path))["model"].values())
+    return all(tensor.isfinite().all() for tensor in read_checkpoint(str(path))["model"].values())
 
 
 def assert_no_traceback(output: str) -> None:
@@ -79,7 +81,7 @@ def test_diverging_loss_stops_all_ranks_and_keeps_the_last_good_checkpoint(recip
     assert "is not finite since epoch 2, step" in output or "are not finite after epoch 2, step" in output
     assert output.count("error: the ") == 2 and "continue from that checkpoint with --auto_reload" in output
     assert_no_traceback(output)
-    saved = checkpoints.read(str(tmp_path / "out" / checkpoints.CURRENT))
+    saved = read_checkpoint(str(tmp_path / "out" / checkpoints.CURRENT))
     assert saved["epoch"] == 1 and is_finite(tmp_path / "out" / checkpoints.CURRENT)
 
 
@@ -252,7 +254,7 @@ def test_full_disk_ends_all_ranks_with_a_sentence(recipe: tuple, small_disk: Pat
     ballast.unlink()
     with Ranks(*flags, "--epochs", saved["epoch"] + 2, folder=tmp_path) as run:
         assert "auto-reload: continuing from" in run.expect(0)
-    epochs = [line["epoch"] for line in utils.EpochLog.read(folder / "log.txt")]
+    epochs = [line["epoch"] for line in reporting.EpochLog.read(folder / "log.txt")]
     assert epochs == list(range(saved["epoch"] + 2))
 
 

@@ -18,9 +18,7 @@ from runs import TINY, call_main, free_port, tiny_tree
 from safetensors.torch import save
 from states import Hostile
 
-import checkpoints
-import fetch
-from checkpoints import CheckpointError
+from oversmoothing.weights import CheckpointError, fetch, read_checkpoint
 
 # ---- URLs ----
 
@@ -52,7 +50,7 @@ def test_a_url_is_downloaded_once_and_equal_file_names_do_not_collide(server: tu
         torch.save({"weight": torch.full((2,), float(ord(run)))}, served / run / "checkpoint.pth")
     for _ in range(2):
         for run in ("a", "b"):
-            assert checkpoints.read(f"{address}/{run}/checkpoint.pth")["model"]["weight"][0] == ord(run)
+            assert read_checkpoint(f"{address}/{run}/checkpoint.pth")["model"]["weight"][0] == ord(run)
         for file in served.glob("*/checkpoint.pth"):
             file.unlink()  # the second round is served from torch.hub's folder
 
@@ -61,14 +59,14 @@ def test_a_broken_download_is_an_error_once_and_not_for_ever(server: tuple[str, 
     address, served = server
     (served / "x.pth").write_bytes(b"busy, try again later")
     with pytest.raises(CheckpointError, match=r"http://.*/x\.pth: .*text file"):
-        checkpoints.read(f"{address}/x.pth")
+        read_checkpoint(f"{address}/x.pth")
     torch.save({"weight": torch.ones(2)}, served / "x.pth")
-    assert "weight" in checkpoints.read(f"{address}/x.pth")["model"]
+    assert "weight" in read_checkpoint(f"{address}/x.pth")["model"]
     with pytest.raises(CheckpointError, match="the download failed .*404"):
-        checkpoints.read(f"{address}/none.pth")
+        read_checkpoint(f"{address}/none.pth")
     torch.save({"weight": torch.ones(2)}, served / "x-00000000.pth")
     with pytest.raises(CheckpointError, match="the download failed .*hash"):
-        checkpoints.read(f"{address}/x-00000000.pth")
+        read_checkpoint(f"{address}/x-00000000.pth")
 
 
 # ---- the Hub ----
@@ -94,13 +92,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
 def test_a_file_of_the_hub_is_read_and_comes_from_the_cache_the_second_time(
     end: str, hub: LocalHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "fetch")
-    torch.testing.assert_close(checkpoints.read(f"hf-hub:ann/plain{end}")["model"], WEIGHTS)
+    caplog.set_level(logging.INFO, "oversmoothing.weights.fetch")
+    torch.testing.assert_close(read_checkpoint(f"hf-hub:ann/plain{end}")["model"], WEIGHTS)
     assert ("taking its model.safetensors" in caplog.text) == ("/" not in end)
     downloads = [line for line in hub.requests if line.startswith("GET /large/")]
     assert len(downloads) == 1
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    torch.testing.assert_close(checkpoints.read(f"hf-hub:ann/plain{end}")["model"], WEIGHTS)
+    torch.testing.assert_close(read_checkpoint(f"hf-hub:ann/plain{end}")["model"], WEIGHTS)
     assert [line for line in hub.requests if line.startswith("GET /large/")] == downloads
 
 
@@ -123,11 +121,11 @@ def test_what_is_in_the_cache_is_used_when_the_hub_cannot_be_reached(
 def test_a_new_upload_is_noticed_and_a_commit_stays_what_it_was(hub: LocalHub, tmp_path: Path) -> None:
     commit = hub.commit("ann/plain")
     hub.add("ann/other", "model.safetensors", save(WEIGHTS))
-    assert checkpoints.read("hf-hub:ann/plain")["model"].keys() == WEIGHTS.keys()
-    assert checkpoints.read(f"hf-hub:ann/plain@{commit}")["model"].keys() == WEIGHTS.keys()
+    assert read_checkpoint("hf-hub:ann/plain")["model"].keys() == WEIGHTS.keys()
+    assert read_checkpoint(f"hf-hub:ann/plain@{commit}")["model"].keys() == WEIGHTS.keys()
     hub.add("ann/plain", "model.safetensors", save({"new": torch.ones(1)}))
-    assert checkpoints.read("hf-hub:ann/plain")["model"].keys() == {"new"}
-    assert checkpoints.read(f"hf-hub:ann/plain@{commit}/model.safetensors")["model"].keys() == WEIGHTS.keys()
+    assert read_checkpoint("hf-hub:ann/plain")["model"].keys() == {"new"}
+    assert read_checkpoint(f"hf-hub:ann/plain@{commit}/model.safetensors")["model"].keys() == WEIGHTS.keys()
 
 
 @pytest.mark.parametrize(
@@ -149,9 +147,9 @@ def test_without_a_file_name_the_usual_or_only_file_is_taken(
         with pytest.raises(fetch.FetchError, match=chosen):
             fetch.local_file("hf-hub:ann/x")
         return
-    assert checkpoints.read("hf-hub:ann/x")["model"].keys() == {chosen}
+    assert read_checkpoint("hf-hub:ann/x")["model"].keys() == {chosen}
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert checkpoints.read("hf-hub:ann/x")["model"].keys() == {chosen}
+    assert read_checkpoint("hf-hub:ann/x")["model"].keys() == {chosen}
 
 
 @pytest.mark.parametrize(
@@ -174,7 +172,7 @@ def test_an_address_that_leads_nowhere_is_one_sentence_that_names_it(address: st
     hub.add("ann/gated", "model.safetensors", save(WEIGHTS))
     hub.gated.add("ann/gated")
     with pytest.raises(CheckpointError, match=f"^{address}: .*{message}") as caught:
-        checkpoints.read(address)
+        read_checkpoint(address)
     assert "\n" not in str(caught.value)
 
 
@@ -198,9 +196,9 @@ def test_a_damaged_copy_is_noticed_removed_and_downloaded_again(where: str, hub:
         path = fetch.local_file("hf-hub:ann/plain")
         path.resolve().write_bytes(save({**WEIGHTS, "head.bias": torch.zeros(10)}))
     with pytest.raises(CheckpointError, match="copy in the cache was damaged .* the same command downloads it again"):
-        checkpoints.read("hf-hub:ann/plain")
+        read_checkpoint("hf-hub:ann/plain")
     hub.corrupt.clear()
-    torch.testing.assert_close(checkpoints.read("hf-hub:ann/plain")["model"], WEIGHTS)
+    torch.testing.assert_close(read_checkpoint("hf-hub:ann/plain")["model"], WEIGHTS)
 
 
 def test_published_files_are_read_as_strictly_as_any_other(
@@ -209,11 +207,11 @@ def test_published_files_are_read_as_strictly_as_any_other(
     marker = tmp_path / "executed"
     hub.add("ann/x", "hostile.pth", torch_file({"model": WEIGHTS, "args": Hostile(marker)}, tmp_path))
     with pytest.raises(CheckpointError, match="hostile.pth: refused, it asks for the Python object"):
-        checkpoints.read("hf-hub:ann/x/hostile.pth")
+        read_checkpoint("hf-hub:ann/x/hostile.pth")
     assert not marker.exists()
     hub.add("ann/x", "short.pth", torch_file({"model": WEIGHTS}, tmp_path)[:-50])
     with pytest.raises(CheckpointError, match=r"short\.pth: cannot be read as a checkpoint, truncated or damaged"):
-        checkpoints.read("hf-hub:ann/x/short.pth")
+        read_checkpoint("hf-hub:ann/x/short.pth")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fetch.local_file("hf-hub:ann/x/short.pth").exists()  # what was published stays in the shared cache
 

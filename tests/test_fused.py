@@ -14,13 +14,13 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import models
-from models import talking_heads
-from models.attnscale import AttnScaleAttention, AttnScaleTalkingHeadAttn, attn_scale
+import oversmoothing
 from models.deit import DeiT, first_tokens
-from models.featscale import FeatScaleBlock, FeatScaleLayerScaleBlock, feat_scale
-from models.folding import FoldedAttention
-from models.talking_heads import FusedTalkingHeadAttn
+from oversmoothing.fused import talking_heads
+from oversmoothing.fused.folding import FoldedAttention
+from oversmoothing.fused.talking_heads import FusedTalkingHeadAttn
+from oversmoothing.remedies.attnscale import AttnScaleAttention, AttnScaleTalkingHeadAttn, attn_scale
+from oversmoothing.remedies.featscale import FeatScaleBlock, FeatScaleLayerScaleBlock, feat_scale
 
 DIM, HEADS, TOKENS = 24, 3, 10
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7)
@@ -112,7 +112,7 @@ def test_attention_equals_the_definition(layer: type[Attention], options: dict, 
     call, bias = masks(masking, TOKENS)
     definition = values_and_gradients(lambda x: dense_attention(attn, x, bias), attn, x)
     for fused in (True, False):
-        models.set_fused(attn, fused)
+        oversmoothing.set_fused(attn, fused)
         assert_same(values_and_gradients(lambda x: attn(x, **call), attn, x), definition)
 
 
@@ -133,7 +133,7 @@ def test_feat_scale_block_equals_the_definition(layer: type[Attention], options:
 
     expected = values_and_gradients(definition, block, x)
     for fused in (True, False):
-        models.set_fused(block, fused)
+        oversmoothing.set_fused(block, fused)
         assert_same(values_and_gradients(lambda x: block(x, **call), block, x), expected)
 
 
@@ -149,7 +149,7 @@ def test_feat_scale_block_of_cait_equals_the_definition(layer: type[TalkingHeadA
 
     expected = values_and_gradients(definition, block, x)
     for fused in (True, False):
-        models.set_fused(block, fused)
+        oversmoothing.set_fused(block, fused)
         assert_same(values_and_gradients(block, block, x), expected)
 
 
@@ -163,7 +163,7 @@ def test_dropout_falls_where_the_definition_has_it(layer: type[Attention], rates
     x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
     results = []
     for fused in (True, False):
-        models.set_fused(block, fused)
+        oversmoothing.set_fused(block, fused)
         torch.manual_seed(1)
         results.append(values_and_gradients(block, block, x))
     assert_same(*results)
@@ -207,7 +207,7 @@ def test_talking_heads_equal_the_definition(
     x = torch.randn(5, TOKENS, DIM, dtype=torch.float64)
     definition = values_and_gradients(lambda x: dense_talking_heads(attn, x), attn, x)
     for fused in (True, False):
-        models.set_fused(attn, fused)
+        oversmoothing.set_fused(attn, fused)
         assert_same(values_and_gradients(attn, attn, x), definition)
 
 
@@ -257,8 +257,8 @@ def test_a_model_equals_its_definition(name: str, options: dict) -> None:
     model = tiny(name, **options).double()
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     fused = values_and_gradients(model, model, images)
-    dense = values_and_gradients(models.set_fused(copy.deepcopy(model), False), model, images)[:1]
-    definition = models.set_fused(model, False)
+    dense = values_and_gradients(oversmoothing.set_fused(copy.deepcopy(model), False), model, images)[:1]
+    definition = oversmoothing.set_fused(model, False)
     assert_same(fused, values_and_gradients(definition, definition, images), 1e-8)
     assert_same(fused[:1], dense, 1e-8)
 
@@ -314,10 +314,10 @@ class TestWaysToRun:
         model = timm.create_model(name, **TINY, init_values=0.5)  # gradients that float16 can hold
         with torch.no_grad():
             for key, parameter in model.named_parameters():
-                if models.is_remedy_parameter(key):
+                if oversmoothing.is_remedy_parameter(key):
                     parameter.normal_(std=0.3)
             model.head.weight.mul_(100)
-        return model, models.set_fused(copy.deepcopy(model), False), torch.randn(2, 3, 32, 32)
+        return model, oversmoothing.set_fused(copy.deepcopy(model), False), torch.randn(2, 3, 32, 32)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_models(self, name: str, dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +43,29 @@ def test_without_published_weights_pretrained_says_so() -> None:
         torch.hub.load(str(ROOT), "deit_tiny_12", source="local", pretrained=True)
 
 
+def imported_by(file: Path) -> Iterator[tuple[Path, str]]:
+    """(Folder, dotted name) of everything that a file imports, and of what may be a module inside it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((ROOT, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            folder = file.parents[node.level - 1] if node.level else ROOT
+            yield from ((folder, ".".join(filter(None, [node.module, alias.name]))) for alias in node.names)
+
+
 def test_dependencies_are_the_packages_that_are_imported() -> None:
     """torch.hub looks for these before it imports anything; one left out is an ImportError deep inside."""
     imported, seen, files = set(), set(), [ROOT / "hubconf.py"]
     while files:
         file = files.pop()
         seen.add(file)
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [node.module] if not node.level else []
-            for package in (name.partition(".")[0] for name in names):
-                ours = [ROOT / f"{package}.py", *sorted((ROOT / package).glob("*.py"))]
-                found = [path for path in ours if path.is_file()]
-                files += [path for path in found if path not in seen]
-                if not found and package not in sys.stdlib_module_names:
-                    imported.add(package)
+        for folder, name in imported_by(file):
+            parts = name.split(".")
+            paths = [folder.joinpath(*parts[:length]) for length in range(1, len(parts) + 1)]
+            found = [f for path in paths for f in (path.with_suffix(".py"), path / "__init__.py") if f.is_file()]
+            files += [path for path in found if path not in seen]
+            if not found and folder == ROOT and parts[0] not in sys.stdlib_module_names:
+                imported.add(parts[0])
     tree = ast.parse(Path(ROOT / "hubconf.py").read_text())
     [listed] = [ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign)]
     assert sorted(listed) == sorted(imported)

@@ -18,13 +18,14 @@ from timm.layers import DropPath
 from torch import nn
 
 import build
-import checkpoints
 import models
 import optim
+import oversmoothing
 from datasets import DataError
 from options import ArgumentError, get_args_parser
-from utils import EpochLog, World
-from weights import load_weights
+from oversmoothing.weights import load_weights, read_checkpoint
+from reporting import EpochLog
+from utils import World
 
 CPU = World(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 SIZE = dict(embed_dim=32, depth=2, num_heads=2, patch_size=8, img_size=32)
@@ -58,7 +59,7 @@ def tiny_model(name: str = "attnscale_small_12", classes: int = 3, **kwargs: obj
 
 
 def weights_of(folder: Path, key: str = "model") -> dict[str, torch.Tensor]:
-    return checkpoints.read(folder / "checkpoint.pth")[key]
+    return read_checkpoint(folder / "checkpoint.pth")[key]
 
 
 # ---- files and flags that cannot be used -----------------------------------------------------------------------------
@@ -371,7 +372,7 @@ def test_the_average_starts_from_the_loaded_weights_not_from_random_ones(data: P
 
 
 def test_the_average_is_restored_on_resume(trained: Path) -> None:
-    saved = checkpoints.read(trained / "checkpoint.pth")
+    saved = read_checkpoint(trained / "checkpoint.pth")
     assert not torch.equal(saved["model_ema"]["head.weight"], saved["model"]["head.weight"])
     args = parse("--resume", trained / "checkpoint.pth")
     start, model = build.find_start(args), tiny_model("deit_small_12")
@@ -385,11 +386,11 @@ def test_the_average_is_restored_on_resume(trained: Path) -> None:
 def test_no_average_saves_and_resumes(data: Path, tmp_path: Path) -> None:
     words = flags(data, tmp_path, "--auto_reload", "--no-model-ema")
     call_main(*words)
-    assert checkpoints.read(tmp_path / "checkpoint.pth")["model_ema"] is None
+    assert read_checkpoint(tmp_path / "checkpoint.pth")["model_ema"] is None
     assert "Epoch: [1]" in call_main(*words, "--epochs", "2").stdout
     # An average that is switched on later begins at the weights of that moment.
     assert "Epoch: [2]" in call_main(*words[:-1], "--epochs", "3", "--model-ema-decay", "0.5").stdout
-    assert checkpoints.read(tmp_path / "checkpoint.pth")["model_ema"] is not None
+    assert read_checkpoint(tmp_path / "checkpoint.pth")["model_ema"] is not None
 
 
 def test_eval_ema_logs_both_accuracies(data: Path, tmp_path: Path) -> None:
@@ -403,7 +404,7 @@ def test_eval_ema_logs_both_accuracies(data: Path, tmp_path: Path) -> None:
     assert f"Accuracy of the moving average on the 7 test images: {line['test_ema_acc1']:.3f}%" in printed
     assert f"Accuracy of the network on the 7 test images: {line['test_acc1']:.3f}%" in printed
 
-    torch.save({"model": checkpoints.read(checkpoint)["model"]}, tmp_path / "bare.pth")
+    torch.save({"model": read_checkpoint(checkpoint)["model"]}, tmp_path / "bare.pth")
     done = call_main(*flags(data, None, "--eval", "--eval-ema", "--resume", tmp_path / "bare.pth"), code=2)
     assert_one_clear_line(done.stderr, "--eval-ema", "bare.pth")
 
@@ -428,7 +429,7 @@ def test_half_precision_trains_on_cpu(dtype: str, data: Path, tmp_path: Path) ->
     log = EpochLog.read(tmp_path / "log.txt")
     assert log[-1]["train_loss"] < log[0]["train_loss"]
     # Loss scaling belongs to float16 alone, and its state is part of the checkpoint.
-    scaler = checkpoints.read(tmp_path / "checkpoint.pth")["scaler"]
+    scaler = read_checkpoint(tmp_path / "checkpoint.pth")["scaler"]
     assert (scaler is not None and scaler["scale"] > 0) if dtype == "float16" else scaler is None
     assert "Epoch: [4]" in call_main(*words, "--amp-dtype", dtype, "--epochs", "5").stdout
 
@@ -557,7 +558,7 @@ def test_the_log_and_the_first_lines(data: Path, tmp_path: Path) -> None:
 def test_the_arguments_are_saved_as_they_were_given(data: Path, tmp_path: Path) -> None:
     """Not the scaled learning rate."""
     call_main(*flags(data, tmp_path, "--lr", "0.001"))
-    args = checkpoints.read(tmp_path / "checkpoint.pth")["args"]
+    args = read_checkpoint(tmp_path / "checkpoint.pth")["args"]
     assert (args["lr"], args["batch_size"], args["world_size"]) == (0.001, 4, 1)
 
 
@@ -567,7 +568,9 @@ def test_tensorboard_holds_the_curves_and_every_lambda(data: Path, tmp_path: Pat
     tags = events.Tags()
     curves = {"loss/train_loss", "loss/test_loss", "accuracy/test_acc1", "accuracy/test_acc5"}
     curves |= {"accuracy/best_test_acc1", "optimization/lr", "time/train_images_per_s"}
-    lambdas = {n for n, _ in tiny_model("attnfeatscale_small_12").named_parameters() if models.is_remedy_parameter(n)}
+    lambdas = {
+        n for n, _ in tiny_model("attnfeatscale_small_12").named_parameters() if oversmoothing.is_remedy_parameter(n)
+    }
     assert len(lambdas) == 6
     assert set(tags["histograms"]) == {f"remedy_values/{name}" for name in lambdas}
     assert curves | {f"remedy_mean/{name}" for name in lambdas} == set(tags["scalars"])

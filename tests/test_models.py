@@ -15,8 +15,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 import models
-from models.attnscale import AttnScaleAttention, AttnScaleTalkingHeadAttn, attn_scale
-from models.featscale import FeatScaleBlock, FeatScaleLayerScaleBlock, feat_scale
+import oversmoothing
+from oversmoothing.remedies.attnscale import AttnScaleAttention, AttnScaleTalkingHeadAttn, attn_scale
+from oversmoothing.remedies.featscale import FeatScaleBlock, FeatScaleLayerScaleBlock, feat_scale
 
 DEIT_NAMES = [name for name in models.list_models() if "cait" not in name]
 CAIT_NAMES = [name for name in models.list_models() if "cait" in name]
@@ -27,7 +28,7 @@ def randomise_remedy(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if models.is_remedy_parameter(name):
+            if oversmoothing.is_remedy_parameter(name):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5)
 
 
@@ -203,13 +204,15 @@ def test_at_lambda_zero_a_variant_is_its_plain_baseline(name: str) -> None:
     plain = tiny(re.sub(r"^[a-z]+scale_", "" if "cait" in name else "deit_", name)).eval()
     variant = tiny(name).eval()
     missing, unexpected = variant.load_state_dict(plain.state_dict(), strict=False)
-    assert missing and all(map(models.is_remedy_parameter, missing)) and not unexpected
+    assert missing and all(map(oversmoothing.is_remedy_parameter, missing)) and not unexpected
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(variant(images), plain(images), rtol=1e-5, atol=1e-6)
 
 
 def test_no_remedy_in_the_class_attention_blocks() -> None:
-    names = [key for key, _ in tiny("attnfeatscale_cait_S24").named_parameters() if models.is_remedy_parameter(key)]
+    names = [
+        key for key, _ in tiny("attnfeatscale_cait_S24").named_parameters() if oversmoothing.is_remedy_parameter(key)
+    ]
     assert len(names) == 3 * TINY["depth"] and not any("token_only" in key for key in names)
 
 
@@ -379,5 +382,5 @@ def test_weights_built_on_the_meta_device_can_be_initialised_there_after() -> No
     with torch.device("meta"):
         model = tiny("attnfeatscale_tiny_12")
     model.to_empty(device="cpu").init_weights()
-    assert all((p == 0).all() for name, p in model.named_parameters() if models.is_remedy_parameter(name))
+    assert all((p == 0).all() for name, p in model.named_parameters() if oversmoothing.is_remedy_parameter(name))
     assert model(torch.randn(1, 3, 32, 32)).isfinite().all()

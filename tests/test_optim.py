@@ -7,11 +7,11 @@ import timm
 import torch
 from conftest import golden_json
 
-import checkpoints
 import models  # noqa: F401  (registers the zoo)
 import optim
+from checkpoints import load_optimizer
 from options import get_args_parser
-from weights import load_optimizer
+from oversmoothing.weights import CheckpointError
 
 SIZE = dict(img_size=32, patch_size=8, embed_dim=12, depth=3, num_heads=3)
 
@@ -123,7 +123,7 @@ def test_an_optimizer_with_layer_decay_goes_on_from_its_saved_state() -> None:
 def test_a_state_without_layer_decay_is_refused_by_a_run_with_it() -> None:
     model = timm.create_model("attnscale_tiny_12", **SIZE)
     saved = optim.build_optimizer(parse(""), model, 1e-3).state_dict()
-    with pytest.raises(checkpoints.CheckpointError, match="parameter groups"):
+    with pytest.raises(CheckpointError, match="parameter groups"):
         load_optimizer(optim.build_optimizer(parse("--layer-decay 0.5"), model, 1e-3), saved)
 
 

@@ -16,7 +16,7 @@ from test_datasets import make_args
 from timm.data.readers.reader_wds import ReaderWds
 
 import datasets
-import shards
+from readers import shards
 from scripts import prepare_wds
 
 TRAIN, VAL = 64, 14

@@ -11,11 +11,10 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 import models  # noqa: F401  (registers the zoo with timm)
-import probe
-import spectrum
-from models.attnscale import AttnScaleAttention, AttnScaleTalkingHeadAttn
-from models.folding import FoldedAttention
-from models.talking_heads import FusedTalkingHeadAttn
+from oversmoothing.analysis import probe, spectrum
+from oversmoothing.fused.folding import FoldedAttention
+from oversmoothing.fused.talking_heads import FusedTalkingHeadAttn
+from oversmoothing.remedies.attnscale import AttnScaleAttention, AttnScaleTalkingHeadAttn
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3)
 

@@ -20,8 +20,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import models
-from checkpoints import CheckpointError
 from models import published
+from oversmoothing.weights import CheckpointError
 
 # A small geometry under the published models' names; heads must divide the width of each.
 SIZE = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)

@@ -20,8 +20,8 @@ from timm.utils import ModelEmaV3
 
 import checkpoints
 from options import get_args_parser
+from oversmoothing.weights import load_weights, read_checkpoint
 from scripts import push_to_hub
-from weights import load_weights
 
 SIZE = dict(patch_size=8, embed_dim=24, depth=2, num_heads=2)
 FLAGS = (
@@ -101,7 +101,7 @@ def test_the_folder_is_the_model_with_its_own_accuracies(
     push(run / source, "ann/tiny", "--dry-run", tmp_path / "out", *(["--ema"] if weights == "model_ema" else []))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "config.json", "model.safetensors"}
     file = run / ("checkpoint.pth" if source.endswith(".pth") else "best_checkpoint.pth")
-    wanted = checkpoints.read(file)[weights]
+    wanted = read_checkpoint(file)[weights]
     torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors"), wanted, rtol=0, atol=0)
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert_equal_weights(model, wanted)
@@ -142,11 +142,11 @@ def test_a_push_is_read_again_from_the_hub_and_keeps_a_readme(
     push(run, "ann/tiny", "--private")
     assert "uploaded: http://127.0.0.1" in capsys.readouterr().out and hub.private == {"ann/tiny"}
     assert hub.repositories["ann/tiny"].keys() == {"README.md", "config.json", "model.safetensors"}
-    best, last = (checkpoints.read(run / f"{name}.pth")["model"] for name in ("best_checkpoint", "checkpoint"))
+    best, last = (read_checkpoint(run / f"{name}.pth")["model"] for name in ("best_checkpoint", "checkpoint"))
     assert_equal_weights(timm.create_model("hf-hub:ann/tiny", pretrained=True), best)
     assert timm.create_model("hf-hub:ann/tiny", pretrained=True, num_classes=3).head.weight.shape == (3, 24)
     model = timm.create_model("featscale_small_12", num_classes=10, img_size=32, **SIZE)
-    assert load_weights(model, checkpoints.read("hf-hub:ann/tiny")["model"], source="hub") == []
+    assert load_weights(model, read_checkpoint("hf-hub:ann/tiny")["model"], source="hub") == []
     assert_equal_weights(model, best)
 
     hub.add("ann/tiny", "README.md", b"my own words")
@@ -226,5 +226,5 @@ def test_the_script_uploads_from_any_folder(hub: LocalHub, run: Path, tmp_path: 
     variables = environment(HF_TOKEN="hf_secret", **hub.environment(tmp_path))
     done = subprocess.run(words, env=variables, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "uploaded: " in done.stdout, done.stderr
-    wanted = checkpoints.read(run / "best_checkpoint.pth")["model"]
+    wanted = read_checkpoint(run / "best_checkpoint.pth")["model"]
     assert_equal_weights(timm.create_model("hf-hub:ann/tiny", pretrained=True), wanted)

@@ -17,11 +17,11 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from timm.data import resolve_data_config
 
 import build
-import checkpoints
 import reporting
 import utils
 from options import ArgumentError, check_args, get_args_parser
-from utils import EpochLog
+from oversmoothing.weights import read_checkpoint
+from reporting import EpochLog
 
 FEATURES = ("hc_dc_attention", "hc_dc_residual", "hc_dc_mlp", "token_similarity")
 
@@ -47,7 +47,7 @@ def test_a_watched_run_is_the_same_run_to_the_last_bit(data: Path, tmp_path: Pat
     plain, watched = (EpochLog.read(tmp_path / name / "log.txt") for name in ("plain", "watched"))
     assert all(spectrum_of(line) for line in watched)
     assert [{k: v for k, v in line.items() if not k.startswith("spectrum_")} for line in watched] == plain
-    states = [checkpoints.read(tmp_path / name / "checkpoint.pth") for name in ("plain", "watched")]
+    states = [read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("plain", "watched")]
     for part in ("model", "model_ema", "optimizer"):
         torch.testing.assert_close(states[1][part], states[0][part], rtol=0, atol=0)
 
@@ -62,7 +62,7 @@ def test_every_second_epoch_has_a_number_for_each_layer(data: Path, tmp_path: Pa
         assert all(-1 <= value <= 1 for value in line["spectrum_token_similarity"])
         assert all(value > 0 for value in line["spectrum_hc_dc_mlp"])
     assert log[1]["spectrum_hc_dc_mlp"] != log[3]["spectrum_hc_dc_mlp"]
-    weights = checkpoints.read(tmp_path / "checkpoint.pth")["model"]
+    weights = read_checkpoint(tmp_path / "checkpoint.pth")["model"]
     means = [weights[f"blocks.{layer}.attn.lamb"].mean().item() for layer in range(2)]
     assert log[3]["spectrum_lamb"] == pytest.approx(means) and any(means)
 
@@ -94,7 +94,7 @@ def test_an_infinite_ratio_is_null_in_the_log(data: Path, tmp_path: Path) -> Non
     words = [*TINY, "--data-path", str(data), "--lr", "0", "--warmup-lr", "0", "--spectrum-every", "1"]
     start = tmp_path / "start"
     call_main(*words, "--output_dir", str(start))
-    weights = checkpoints.read(start / "checkpoint.pth")["model"]
+    weights = read_checkpoint(start / "checkpoint.pth")["model"]
     torch.save({"model": {name: torch.zeros_like(value) for name, value in weights.items()}}, tmp_path / "zero.pth")
     call_main(*words, "--min-lr", "0", "--output_dir", str(tmp_path / "run"), "--resume", str(tmp_path / "zero.pth"))
     text = (tmp_path / "run" / "log.txt").read_text()

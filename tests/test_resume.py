@@ -15,7 +15,9 @@ from runs import Run, command, expect, tiny_tree
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoints
+import reporting
 import utils
+from oversmoothing.weights import read_checkpoint
 
 EPOCHS, STEPS = 5, 4  # steps of an epoch, for two processes
 RECIPE = (  # everything random is on: RandAugment, erasing, mixup, cutmix, dropout, drop-path
@@ -49,12 +51,12 @@ def uninterrupted(recipe: tuple, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def assert_same_results(folder: Path, other: Path, epochs: int = EPOCHS) -> None:
     """Compares log.txt and all checkpoints of two finished runs bit for bit."""
     assert (folder / "log.txt").read_text() == (other / "log.txt").read_text()
-    assert [line["epoch"] for line in utils.EpochLog.read(folder / "log.txt")] == list(range(epochs))
+    assert [line["epoch"] for line in reporting.EpochLog.read(folder / "log.txt")] == list(range(epochs))
     names = sorted(path.name for path in other.glob("*checkpoint*.pth") if path.name != checkpoints.PREVIOUS)
     assert checkpoints.CURRENT in names and checkpoints.BEST in names
     assert sorted(p.name for p in folder.glob("*checkpoint*.pth") if p.name != checkpoints.PREVIOUS) == names
     for name in names:
-        ours, theirs = checkpoints.read(str(folder / name)), checkpoints.read(str(other / name))
+        ours, theirs = read_checkpoint(str(folder / name)), read_checkpoint(str(other / name))
         for key in ("model", "model_ema", "optimizer", "epoch", "step", "meters", "max_accuracy"):
             assert_same(ours[key], theirs[key], f"{name}: {key}")
 
@@ -79,7 +81,7 @@ def assert_same(ours: object, theirs: object, where: str) -> None:
 def assert_events_are_complete(folder: Path) -> None:
     """TensorBoard shows each epoch and the samples once; what a killed attempt had written is purged."""
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    lines = utils.EpochLog.read(folder / "log.txt")
+    lines = reporting.EpochLog.read(folder / "log.txt")
     shown = [(event.step, event.value) for event in events.Scalars("accuracy/test_acc1")]
     assert shown == [(line["epoch"], pytest.approx(line["test_acc1"])) for line in lines]
     assert [event.step for event in events.Images("training_samples")] == [0]
@@ -239,7 +241,7 @@ def test_signal_during_the_evaluation_saves_the_trained_epoch(recipe: tuple, tmp
         run.wait_for("Test:  [ 1/")
         run.signal(signal.SIGTERM, rank=1)
         assert "stopped by a signal after epoch 0, step 3" in run.expect(utils.EXIT_PREEMPTED, timeout=30)
-    saved = checkpoints.read(str(stopped / checkpoints.CURRENT))
+    saved = read_checkpoint(str(stopped / checkpoints.CURRENT))
     assert (saved["epoch"], saved["step"]) == (-1, STEPS)
     with Ranks(*flags, "--output_dir", stopped, folder=stopped) as run:
         assert "Epoch: [0]" not in run.expect(0)
@@ -315,7 +317,7 @@ def test_other_world_or_batch_size_is_allowed_with_a_warning(
     assert "epoch 1 begins again" in output and "Epoch: [1]  [0/8]" in output and "Epoch: [0]" not in output
     lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1, 2]
-    assert lines[0] == utils.EpochLog.read(uninterrupted / "log.txt")[0]
+    assert lines[0] == reporting.EpochLog.read(uninterrupted / "log.txt")[0]
 
 
 @pytest.mark.slow

@@ -23,11 +23,11 @@ from test_datasets import make_args
 from test_resume import assert_same_results
 from torch.utils.data import DataLoader
 
-import archives
 import datasets
-import shards
 import utils
-from archives import DataError
+from readers import archives, shards
+from readers.archives import DataError
+from readers.loader import AddressedDataset, build_loader
 from samplers import ShardSampler, build_samplers
 from scripts.prepare_wds import index_shards, prepare_wds
 
@@ -142,9 +142,7 @@ def loader_of(args: object, *, num_workers: int, rank: int = 0, is_train: bool =
     dataset, _ = datasets.build_dataset(is_train, args)
     train, val = build_samplers(dataset, dataset, world_size=2, rank=rank, repeated_aug=True, seed=1)
     sampler = train if is_train else val
-    return datasets.build_loader(
-        dataset, sampler, batch_size=4, num_workers=num_workers, pin_memory=False, drop_last=is_train
-    )
+    return build_loader(dataset, sampler, batch_size=4, num_workers=num_workers, pin_memory=False, drop_last=is_train)
 
 
 def test_remote_images_are_fetched_once_and_do_not_depend_on_the_workers(
@@ -196,7 +194,7 @@ def test_remote_images_are_those_of_the_tree(tree: Path, server: Server, tmp_pat
     assert sorted(places) == list(range(TRAIN)) and places != sorted(places)
     for index, place in enumerate(places):
         (image, label), (expected, expected_label) = (
-            datasets.AddressedDataset(images)[number, index] for images, number in ((remote, index), (plain, place))
+            AddressedDataset(images)[number, index] for images, number in ((remote, index), (plain, place))
         )
         assert label == expected_label and torch.equal(image, expected)
     shutil.rmtree(tmp_path)  # somebody clears the cache while a run goes on

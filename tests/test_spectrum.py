@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import spectrum
-from models.attnscale import attn_scale
-from models.featscale import feat_scale
+from oversmoothing.analysis import spectrum
+from oversmoothing.remedies.attnscale import attn_scale
+from oversmoothing.remedies.featscale import feat_scale
 
 SIZES = (9, 10, 197)
 

@@ -28,7 +28,8 @@ from timm.utils import AttentionExtract
 from torch import Tensor, nn
 
 import models
-from models.attnscale import attn_scale
+import oversmoothing
+from oversmoothing.remedies.attnscale import attn_scale
 
 DEIT = ["deit_tiny_12", "attnscale_tiny_12", "featscale_tiny_12", "attnfeatscale_tiny_12"]
 CAIT = ["cait_XXS24", "attnscale_cait_XXS24", "featscale_cait_XXS24", "attnfeatscale_cait_XXS24"]
@@ -52,7 +53,7 @@ def tiny(name: str, **kwargs: object) -> nn.Module:
     model = timm.create_model(name, **TINY | kwargs)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if models.is_remedy_parameter(key):
+            if oversmoothing.is_remedy_parameter(key):
                 parameter.normal_(std=0.3)
     return model
 
@@ -76,7 +77,7 @@ def test_the_metadata_describe_the_model(name: str) -> None:
     assert state[f"{cfg['first_conv']}.weight"].shape[1] == cfg["input_size"][0] == 3
     assert cfg["fixed_input_size"] and cfg["input_size"][1:] == model.patch_embed.img_size
     assert cfg["architecture"] == name and cfg["license"] == "mit" and cfg["pool_size"] is None
-    assert ("arXiv:2203.05962" in cfg["paper_ids"]) == any(map(models.is_remedy_parameter, state))
+    assert ("arXiv:2203.05962" in cfg["paper_ids"]) == any(map(oversmoothing.is_remedy_parameter, state))
     assert len(cfg["paper_ids"]) == len(cfg["paper_name"].split("; "))
     data = timm.data.resolve_model_data_config(model)
     assert data["interpolation"] == "bicubic" and data["mean"] == (0.485, 0.456, 0.406)
@@ -264,7 +265,7 @@ def test_device_and_dtype_are_arguments(name: str) -> None:
 def test_weights_can_be_drawn_anew(name: str) -> None:
     model = tiny(name)
     model.init_weights()
-    assert all((p == 0).all() for key, p in model.named_parameters() if models.is_remedy_parameter(key))
+    assert all((p == 0).all() for key, p in model.named_parameters() if oversmoothing.is_remedy_parameter(key))
 
 
 @every_model

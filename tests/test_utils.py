@@ -12,8 +12,10 @@ import pytest
 import torch
 from runs import ROOT, environment, free_port
 
+import checkpoints
 import utils
-from utils import EpochLog, Meters, World
+from reporting import EpochLog
+from utils import Meters, World
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 CPU = torch.device("cpu")
@@ -276,14 +278,14 @@ def test_set_aside_moves_files_and_folders_to_new_places(tmp_path: Path) -> None
         (tmp_path / "log.txt").write_text(str(number))
         (tmp_path / "tensorboard").mkdir()
         (tmp_path / "tensorboard" / "events").write_text(str(number))
-        target = utils.set_aside(tmp_path, ["log.txt", "tensorboard", "absent"])
+        target = checkpoints.set_aside(tmp_path, ["log.txt", "tensorboard", "absent"])
         assert target == tmp_path / f"earlier-{number}"
         assert (target / "log.txt").read_text() == (target / "tensorboard" / "events").read_text() == str(number)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier-1", "earlier-2"]
 
 
 def test_set_aside_of_nothing_makes_nothing(tmp_path: Path) -> None:
-    assert utils.set_aside(tmp_path, ["log.txt"]) is None
+    assert checkpoints.set_aside(tmp_path, ["log.txt"]) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -321,5 +323,5 @@ def test_no_folder_is_claimed_where_nothing_is_written() -> None:
 
 def test_write_errors_become_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(utils.SetupError, match="writing failed .No space left on device.*free some space"):
-        with utils.explain_write_errors(tmp_path), Path("/dev/full").open("w") as full:
+        with checkpoints.explain_write_errors(tmp_path), Path("/dev/full").open("w") as full:
             full.write("x" * 100_000)

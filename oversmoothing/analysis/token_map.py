@@ -9,9 +9,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-import probe
-from scripts.analysis_figures import DIVERGING, SEQUENTIAL, panels
-from scripts.analysis_inputs import Subject
+from . import probe
+from .figures import DIVERGING, SEQUENTIAL, panels
+from .subject import Subject
 
 
 @dataclass(frozen=True)

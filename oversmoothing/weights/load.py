@@ -4,13 +4,12 @@ import logging
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from checkpoints import CheckpointError
+from .read import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ def load_weights(
 
     Args:
         model: The bare model; unchanged if this raises.
-        state_dict: ``checkpoints.read(...)["model"]``.
+        state_dict: ``read_checkpoint(...)["model"]``.
         source: Where it came from, for messages.
         may_be_missing: Says of a parameter's name whether it may keep its initial value (the remedies' ``lamb*``).
         finetune: As DeiT's fine-tuning does, leave out a classifier with another number of classes, interpolate
@@ -122,38 +121,6 @@ def _summary(names: list[str]) -> str:
     """``blocks.*.attn.lamb (12)`` for the twelve names that differ in the number only."""
     patterns = [re.sub(r"\.\d+\.", ".*.", name) for name in names]
     return ", ".join(f"{pattern} ({patterns.count(pattern)})" for pattern in dict.fromkeys(patterns))
-
-
-def can_resume(checkpoint: Mapping[str, Any], missing: list[str]) -> bool:
-    """Whether training goes on from this checkpoint; otherwise it gives weights only and training starts at epoch 0.
-
-    Args:
-        checkpoint: From `checkpoints.read` or `checkpoints.latest`.
-        missing: What `load_weights` returned; new parameters make a run a fine-tune of the checkpoint.
-    """
-    return isinstance(checkpoint.get("optimizer"), dict) and isinstance(checkpoint.get("epoch"), int) and not missing
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Takes each parameter's moments and step count from ``checkpoint["optimizer"]``.
-
-    Hyper-parameters (lr, weight decay, betas) stay as the command line gave them to ``optimizer``.
-
-    Raises:
-        CheckpointError: The saved state is of other parameter groups or another kind of optimizer.
-    """
-    groups, old_groups = optimizer.state_dict()["param_groups"], saved.get("param_groups", [])
-    sizes, old_sizes = ([len(group["params"]) for group in some] for some in (groups, old_groups))
-    if sizes != old_sizes:
-        raise CheckpointError(
-            f"the checkpoint's optimizer has parameter groups of sizes {old_sizes}, this run's has {sizes}: "
-            "resume with the --model and the options it was saved with, or pass it with --finetune (weights only)"
-        )
-    kinds = [{key for key in ("betas", "momentum") if key in group} for group in (groups[0], old_groups[0])]
-    if kinds[0] != kinds[1]:
-        raise CheckpointError("the checkpoint's optimizer is of another --opt: resume with the one it was saved with")
-    new_groups = [{**group, "params": old["params"]} for group, old in zip(groups, old_groups, strict=True)]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": new_groups})
 
 
 def number_of_classes(state_dict: Mapping[str, Tensor]) -> int | None:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure  # without pyplot: no display and no global
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from scripts.analysis_results import Result
+from .results import Result
 
 # Okabe and Ito's palette without its yellow, which is too pale for lines: told apart by all kinds of colour vision.
 # Markers and line styles repeat the distinction for grey-scale prints.

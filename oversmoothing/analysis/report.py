@@ -2,12 +2,13 @@
 
 import base64
 import html
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.analysis_figures import Picture
-from scripts.analysis_results import QUANTITIES, Result
+from .figures import Picture, draw_all
+from .results import QUANTITIES, Result, as_json, tidy_rows, write_csv
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -32,6 +33,34 @@ READING = (
     "MLPs and a new map in every layer intervene, so no curve here has to fall, or rise, from layer to layer; and a "
     "model with random weights says something about its initialisation only."
 )
+
+
+def write_analysis(
+    results: Sequence[Result], folder: str | Path, settings: dict[str, Any], pictures: Sequence[Picture] = ()
+) -> Path:
+    """Writes analysis.csv and analysis.json (every number in a figure), the figures and report.html.
+
+    Args:
+        results: May be empty, if only the maps of one image were drawn.
+        folder: Made if needed.
+        settings: What a reader needs to make the same numbers again.
+        pictures: Further figures, after those of the results.
+
+    Returns:
+        The path of the page.
+    """
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    if results:
+        write_csv(folder / "analysis.csv", tidy_rows(results))
+        text = json.dumps(as_json(results, settings), indent=1, allow_nan=False)
+        (folder / "analysis.json").write_text(text, encoding="utf-8")
+        pictures = [*draw_all(results), *pictures]
+    for item in pictures:
+        item.figure.savefig(folder / item.file, dpi=130)
+    report = folder / "report.html"
+    report.write_text(render_report(results, pictures, folder, settings), encoding="utf-8")
+    return report
 
 
 def render_report(

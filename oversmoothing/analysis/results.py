@@ -81,6 +81,11 @@ class Result:
     layer_names: list[str]
     layers: list[dict[str, Values]]
 
+    @property
+    def num_images(self) -> int:
+        """How many images it was measured on."""
+        return self.layers[0]["hc_dc_mlp"].count
+
     def scalars(self, quantity: str) -> tuple[list[int], Tensor, Tensor]:
         """Layers that have the quantity, its mean there, and its std over the images, all averaged over heads."""
         found = [(index, layer[quantity]) for index, layer in enumerate(self.layers) if quantity in layer]

@@ -16,8 +16,8 @@ from timm.models.cait import LayerScaleBlock, TalkingHeadAttn
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .folding import FoldedAttention, affine, can_fold, has_hooks
-from .talking_heads import FusedTalkingHeadAttn
+from ..fused.folding import FoldedAttention, affine, can_fold, has_hooks
+from ..fused.talking_heads import FusedTalkingHeadAttn
 
 # The paper's equation has gain 1. Its code for the DeiT backbone adds both bands a second time, and the published
 # DeiT weights go with that code: gain 2. Its CaiT code adds them once.

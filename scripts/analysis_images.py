@@ -1,93 +1,18 @@
-"""What an analysis works on: models with their weights, and the images, once for each kind of input."""
+"""The images of an analysis: from any folder or data set, decoded once for each kind of input that the models want."""
 
 import argparse
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.data import resolve_data_config
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-import checkpoints
-import models  # noqa: F401  (registers the zoo with timm)
-import probe
-import weights
 from datasets import DataError, build_dataset, build_transform, load_image
-
-RANDOM_WEIGHTS = "as initialised"
-
-
-@dataclass
-class ModelSpec:
-    """One --model with the flags that follow it."""
-
-    name: str
-    label: str | None = None
-    resume: str | None = None
-    pretrained: bool = False
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Subject:
-    """A model under analysis."""
-
-    spec: ModelSpec
-    label: str
-    model: nn.Module
-    data_config: dict[str, Any]
-    input_size: int
-    layers: list[probe.Layer]
-
-    @property
-    def weights(self) -> str:
-        """Where the weights come from, in words."""
-        return self.spec.resume or (
-            f"pretrained, {self.data_config['tag']}" if self.spec.pretrained else RANDOM_WEIGHTS
-        )
-
-
-def build_subject(spec: ModelSpec, label: str, args: argparse.Namespace, device: torch.device) -> Subject:
-    """Builds a model, loads its weights strictly and finds its layers.
-
-    A checkpoint written by main.py knows its --model-kwargs and --input-size; flags of this command win over them.
-
-    Raises:
-        probe.UnsupportedModelError: If the model's attention cannot be recomputed.
-        checkpoints.CheckpointError: If the weights are not those of this model.
-    """
-    checkpoint = checkpoints.read(spec.resume) if spec.resume else {}
-    trained_with = checkpoint.get("args") or {}
-    kwargs = {**(trained_with.get("model_kwargs") or {}), **spec.kwargs}
-    input_size = args.input_size or trained_with.get("input_size")
-    if input_size and timm.get_pretrained_cfg(spec.name).fixed_input_size:
-        kwargs.setdefault("img_size", input_size)
-    if checkpoint:
-        kwargs.setdefault("num_classes", weights.number_of_classes(checkpoint["model"]))
-    torch.manual_seed(args.seed)
-    model = timm.create_model(spec.name, pretrained=spec.pretrained, **kwargs)
-    if checkpoint:
-        weights.load_weights(model, checkpoint["model"], source=spec.resume)
-    layers = probe.find_layers(model)
-    data_config = resolve_data_config({}, model=model, verbose=False)
-    data_config["tag"] = model.pretrained_cfg.get("tag") or model.pretrained_cfg.get("hf_hub_id") or "default weights"
-    size = kwargs.get("img_size") or input_size or data_config["input_size"][-1]
-    return Subject(spec, label, model.to(device).eval(), data_config, size, layers)
-
-
-def unique_labels(specs: Sequence[ModelSpec]) -> list[str]:
-    """A label for each model: --label or the model's name, numbered where several are equal."""
-    names = [spec.label or spec.name for spec in specs]
-    return [
-        name if names.count(name) == 1 else f"{name} #{names[: index + 1].count(name)}"
-        for index, name in enumerate(names)
-    ]
+from oversmoothing.analysis.subject import Subject
 
 
 class ImageFiles(Dataset):

@@ -35,8 +35,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from webdataset.gopen import gopen, gopen_schemes
 from webdataset.tariterators import base_plus_ext
 
-import archives
-from archives import DataError, Member, Members
+from . import archives
+from .archives import DataError, Member, Members
 
 _logger = logging.getLogger(__name__)
 

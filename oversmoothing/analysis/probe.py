@@ -20,10 +20,10 @@ from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-import spectrum
-from models.attnscale import AttnScaleAttention, AttnScaleTalkingHeadAttn, attn_scale
-from models.folding import FoldedAttention
-from models.talking_heads import FusedTalkingHeadAttn
+from ..fused.folding import FoldedAttention
+from ..fused.talking_heads import FusedTalkingHeadAttn
+from ..remedies.attnscale import AttnScaleAttention, AttnScaleTalkingHeadAttn, attn_scale
+from . import spectrum
 
 
 class AttentionMaps(NamedTuple):
@@ -280,10 +280,11 @@ def _hook_layer(index: int, layer: Layer, visit: Callable[[LayerView], None]) ->
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients within the context; every module's own mode is put back after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
     try:
         with torch.no_grad():
             yield

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .folding import FoldedAttention, can_fold
-from .talking_heads import FusedTalkingHeadAttn
+from ..fused.folding import FoldedAttention, can_fold
+from ..fused.talking_heads import FusedTalkingHeadAttn
 
 
 def attn_scale(attn: Tensor, lamb: Tensor) -> Tensor:

@@ -1,0 +1,78 @@
+"""What attention does to a model's features, layer by layer: numbers, figures and a report.
+
+    from oversmoothing.analysis import analyze
+    analysis = analyze({"plain": model, "attnscale": other}, loader, "analysis")
+    analysis.report  # path of a self-contained page; analysis.results holds every number in it
+
+Figures need matplotlib: ``pip install vit-anti-oversmoothing[analysis]``.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from .measurement import measure
+from .probe import UnsupportedModelError, evaluating, layer_report
+from .results import Result
+from .subject import subject_of
+
+__all__ = ["Analysis", "UnsupportedModelError", "analyze", "layer_report"]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was measured, and where it was written."""
+
+    results: list[Result]  # one a model
+    report: Path  # report.html; analysis.csv, analysis.json and the figures lie beside it
+
+
+def analyze(
+    models: nn.Module | Mapping[str, nn.Module],
+    batches: Iterable[Tensor | tuple[Tensor, ...] | list[Tensor]],
+    output_dir: str | Path = "analysis",
+    *,
+    patches_only: bool = False,
+) -> Analysis:
+    """Runs models over images, one pass, and writes numbers, figures and a page.
+
+    Models are measured in evaluation mode on the device where they are; their own modes are put back.
+
+    Args:
+        models: A model, or several by their labels; each of a kind that ``probe.find_layers`` accepts.
+        batches: A data loader: images of shape (B, 3, H, W), transformed, or tuples that begin with them. Memory grows
+            with the batch, not with the number of batches.
+        output_dir: Where report.html, analysis.csv, analysis.json and the figures are written; made if needed.
+        patches_only: Whether class, distillation and register tokens are left out of the feature quantities.
+
+    Raises:
+        UnsupportedModelError: If a model's attention cannot be recomputed.
+        ValueError: If there are no batches.
+    """
+    from .report import write_analysis  # with matplotlib, which measuring does without
+
+    models = {type(models).__name__: models} if isinstance(models, nn.Module) else models
+    images = (batch if isinstance(batch, Tensor) else batch[0] for batch in batches)
+    first = next(images, None)
+    if first is None:
+        raise ValueError("no batches to analyse: give images, or a loader of a data set that is not empty")
+    subjects = [subject_of(model, label, first.shape[-1]) for label, model in models.items()]
+
+    def inputs() -> Iterator[list[Tensor]]:
+        for batch in chain([first], images):
+            yield [batch.to(next(subject.model.parameters()).device) for subject in subjects]
+
+    with evaluating(*models.values()):
+        results = measure(subjects, inputs(), patches_only)
+    settings = {
+        "images": results[0].num_images,
+        "tokens_in_feature_quantities": "patches" if patches_only else "all",
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+    return Analysis(results, write_analysis(results, output_dir, settings))

@@ -1,0 +1,92 @@
+"""What an analysis works on: a model, where its weights come from, and the layers that are looked into."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+from torch import nn
+
+from ..weights import create_model, model_from_checkpoint, read_checkpoint, trained_with
+from . import probe
+
+RANDOM_WEIGHTS = "as initialised"
+
+
+@dataclass
+class ModelSpec:
+    """A model by name, and where its weights come from."""
+
+    name: str
+    label: str | None = None
+    resume: str | None = None
+    pretrained: bool = False
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Subject:
+    """A model under analysis."""
+
+    label: str
+    name: str
+    weights: str  # where they come from, in words
+    model: nn.Module
+    data_config: dict[str, Any]
+    input_size: int
+    layers: list[probe.Layer]
+
+
+def build_subject(
+    spec: ModelSpec, label: str, *, device: torch.device, input_size: int | None = None, seed: int = 0
+) -> Subject:
+    """Builds a model, loads its weights strictly and finds its layers.
+
+    Args:
+        spec: The model.
+        label: Its name in the figures.
+        device: Where it runs.
+        input_size: Side of the images in pixels; None: as the checkpoint says, else the model's own.
+        seed: Of initial weights.
+
+    Raises:
+        UnsupportedModelError: If the model's attention cannot be recomputed.
+        CheckpointError: If the weights are not those of this model.
+        ModelError: If there is no such model, or it cannot be built.
+    """
+    torch.manual_seed(seed)
+    if spec.resume:
+        checkpoint = read_checkpoint(spec.resume)
+        input_size = input_size or trained_with(checkpoint).get("input_size")
+        given = dict(source=spec.resume, name=spec.name, input_size=input_size, model_kwargs=spec.kwargs)
+        model = model_from_checkpoint(checkpoint, **given)
+    else:
+        model = create_model(spec.name, input_size=input_size, pretrained=spec.pretrained, model_kwargs=spec.kwargs)
+    config = resolve_data_config({}, model=model, verbose=False)
+    tag = model.pretrained_cfg.get("tag") or model.pretrained_cfg.get("hf_hub_id") or "default weights"
+    weights = spec.resume or (f"pretrained, {tag}" if spec.pretrained else RANDOM_WEIGHTS)
+    size = spec.kwargs.get("img_size") or input_size or config["input_size"][-1]
+    return Subject(label, spec.name, weights, model.to(device).eval(), config, size, probe.find_layers(model))
+
+
+def subject_of(model: nn.Module, label: str, input_size: int) -> Subject:
+    """A model that is at hand, as it is: its mode and device are left alone.
+
+    Args:
+        model: Any model :func:`probe.find_layers` accepts.
+        label: Its name in the figures.
+        input_size: Side of the images in pixels.
+    """
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
+    config = resolve_data_config({}, model=model, verbose=False)
+    return Subject(label, name, "as given", model, config, input_size, probe.find_layers(model))
+
+
+def unique_labels(specs: Sequence[ModelSpec]) -> list[str]:
+    """A label for each model: its own or the model's name, numbered where several are equal."""
+    names = [spec.label or spec.name for spec in specs]
+    return [
+        name if names.count(name) == 1 else f"{name} #{names[: index + 1].count(name)}"
+        for index, name in enumerate(names)
+    ]

@@ -1,0 +1,18 @@
+"""Weights from anywhere into a model: any address to a file, any file to tensors, every key accounted for."""
+
+from .load import load_weights, number_of_classes, problems
+from .model import ModelError, check_model_name, create_model, model_from_checkpoint, trained_with
+from .read import CheckpointError, read_checkpoint
+
+__all__ = [
+    "CheckpointError",
+    "ModelError",
+    "check_model_name",
+    "create_model",
+    "load_weights",
+    "model_from_checkpoint",
+    "number_of_classes",
+    "problems",
+    "read_checkpoint",
+    "trained_with",
+]

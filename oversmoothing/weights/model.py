@@ -1,0 +1,152 @@
+"""Models by name and from checkpoints: one place that builds them, and one that says what a file may decide."""
+
+import inspect
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import timm
+from timm.models import build_model_with_cfg
+from torch import nn
+
+from .load import load_weights, number_of_classes
+from .read import CheckpointError
+
+# What timm's builders take for themselves: addresses to download from, files to open, wrappers around the model.
+BUILDER_ARGUMENTS = {
+    name
+    for builder in (timm.create_model, build_model_with_cfg)
+    for name, parameter in inspect.signature(builder).parameters.items()
+    if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+} | {"features_only", "pretrained_custom_load", "feature_cls", "out_indices"}
+
+
+class ModelError(ValueError):
+    """A model that cannot be built; the message names the model, the argument and the way out."""
+
+
+def check_model_name(name: str, flag: str = "--model") -> None:
+    """Refuses a model that timm does not know, before anything is read.
+
+    Raises:
+        ModelError: With the names that come near.
+    """
+    if not timm.is_model(name):
+        near = ", ".join(get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)) or "none"
+        raise ModelError(f"{flag} {name}: no such model; near: {near} (see --list-models)")
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    input_size: int | None = None,
+    pretrained: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """timm's ``create_model``, with the image size given only to models that are built for one.
+
+    Args:
+        name: Of this zoo or of timm.
+        num_classes: Classes of the head; None: the model's own.
+        input_size: Side of the images in pixels; None: the model's own.
+        pretrained: Whether to load the published weights.
+        model_kwargs: Constructor arguments; they go before the others.
+
+    Raises:
+        ModelError: If there is no such model, or it cannot be built from these arguments.
+    """
+    check_model_name(name)
+    if input_size is not None and input_size < 1:
+        raise ModelError(f"--input-size {input_size}: give a whole number of 1 or more")
+    if num_classes is not None and num_classes < 1:
+        raise ModelError(f"--num-classes {num_classes}: give 1 or more")
+    kwargs = dict(model_kwargs or {})
+    if num_classes is not None:
+        kwargs.setdefault("num_classes", num_classes)
+    if input_size is not None and timm.get_pretrained_cfg(name).fixed_input_size:
+        kwargs.setdefault("img_size", input_size)
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except (TypeError, AssertionError) as error:
+        raise ModelError(
+            f"--model {name} cannot be built from {kwargs} (--model-kwargs, --drop, --drop-path, --input-size): {error}"
+        ) from error
+
+
+def model_from_checkpoint(
+    checkpoint: Mapping[str, Any],
+    *,
+    source: str,
+    name: str | None = None,
+    weights: str = "model",
+    num_classes: int | None = None,
+    input_size: int | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """The model of a checkpoint with its weights, every key accounted for; arguments win over what the file says.
+
+    A file decides by plain values alone: its model's name, image size and constructor arguments. Nothing that it says
+    is opened, downloaded or called.
+
+    Args:
+        checkpoint: From ``read_checkpoint``.
+        source: Where it came from, for messages.
+        name: The model's; None: as the file says.
+        weights: ``model``, or ``model_ema`` for the weights' EMA.
+        num_classes: None: counted from the head's weights.
+        input_size: Side of the images in pixels; None: as the file says, else the model's own.
+        model_kwargs: Constructor arguments beside those of the file.
+
+    Raises:
+        CheckpointError: If the file has no such weights, does not say its model, or the weights are not those of it.
+        ModelError: If the model cannot be built.
+    """
+    trained = trained_with(checkpoint)
+    name = name or trained.get("model")
+    if name is None or not timm.is_model(name):
+        raise CheckpointError(f"{source}: is of model {name}, which is not known here: give --model (--model-kwargs)")
+    state_dict = checkpoint.get(weights)
+    if state_dict is None:
+        raise CheckpointError(f"{source}: has no EMA weights: leave --ema out")
+    model = create_model(
+        name,
+        num_classes=number_of_classes(state_dict) if num_classes is None else num_classes,
+        input_size=trained.get("input_size") if input_size is None else input_size,
+        model_kwargs={**trained.get("model_kwargs", {}), **(model_kwargs or {})},
+    )
+    try:
+        load_weights(model, state_dict, source=source)
+    except CheckpointError as error:
+        fault = str(error).rpartition(": ")[0]  # without the way out, which is main.py's
+        flags = "--model, --model-kwargs, --num-classes and --input-size"
+        raise CheckpointError(f"{fault}: {flags} must say what was trained; main.py --finetune adapts") from error
+    return model
+
+
+def trained_with(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's ``args`` may decide about its model: plain values, and none of a builder's own arguments.
+
+    Returns:
+        ``model`` (a str), ``input_size`` (an int) and ``model_kwargs`` (a dict), each where the file has it.
+    """
+    args = checkpoint.get("args")
+    args = args if isinstance(args, Mapping) else {}
+    found: dict[str, Any] = {}
+    if isinstance(args.get("model"), str):
+        found["model"] = args["model"]
+    if type(args.get("input_size")) is int:
+        found["input_size"] = args["input_size"]
+    if isinstance(args.get("model_kwargs"), Mapping):
+        found["model_kwargs"] = {
+            key: value
+            for key, value in args["model_kwargs"].items()
+            if isinstance(key, str) and key not in BUILDER_ARGUMENTS and _is_plain(value)
+        }
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
