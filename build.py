@@ -2,15 +2,17 @@
 
 import argparse
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from timm.data import Mixup, resolve_data_config
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import checkpoints
 import datasets
@@ -22,6 +24,7 @@ import optim
 import oversmoothing
 import samplers
 import utils
+from datasets import DataOptions
 from options import ArgumentError, mixup_active
 from oversmoothing.weights import check_model_name, create_model, load_weights, number_of_classes, read_checkpoint
 from readers.loader import build_loader
@@ -30,9 +33,9 @@ from utils import World
 _logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Start:
-    """Where a run begins: nowhere, at someone's weights, or inside a run of its own."""
+    """Where a run begins: fresh, from pretrained weights, or resumed."""
 
     source: str = ""
     checkpoint: dict | None = None
@@ -68,7 +71,7 @@ def num_classes(args: argparse.Namespace, start: Start) -> int:
     of_head = number_of_classes(start.checkpoint["model"]) if resumed else None
     if args.throughput:
         return of_head or 1000
-    counted = datasets.count_classes(args, is_train=not args.eval)
+    counted = datasets.count_classes(DataOptions.from_args(args), is_train=not args.eval)
     nominal = datasets.NOMINAL_CLASSES.get(args.data_set)
     if nominal in (None, counted):
         return counted
@@ -116,14 +119,13 @@ def build_model(args: argparse.Namespace, classes: int) -> nn.Module:
     return model
 
 
-def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: World) -> None:
-    """Puts the checkpoint's weights into ``model`` and settles the epoch and step at which training goes on."""
+def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: World) -> Start:
+    """Loads the checkpoint's weights into ``model``; returns the start with its epoch and step."""
     saved = start.checkpoint or {}
     found = (start.source, saved.get("epoch"), saved.get("step"))
     utils.check_agreement(world, "the checkpoint found (file, epoch, step)", found)
     if start.checkpoint is None:
-        start.epoch = args.start_epoch
-        return
+        return replace(start, epoch=args.start_epoch)
     finetune = bool(args.finetune) and start.source == args.finetune
     missing = load_weights(
         model,
@@ -132,16 +134,14 @@ def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: 
         finetune=finetune,
         may_be_missing=oversmoothing.is_remedy_parameter,
     )
-    start.full = not finetune and checkpoints.can_resume(start.checkpoint, missing)
-    if not start.full:
-        start.epoch = args.start_epoch
+    if finetune or not checkpoints.can_resume(start.checkpoint, missing):
         if not args.eval:
-            _logger.info(f"{start.source}: weights only, training starts at epoch {start.epoch}")
-        return
-    start.epoch, start.step = saved["epoch"] + 1, saved.get("step", 0)
-    start.max_accuracy = dict(saved.get("max_accuracy") or {})
-    if args.eval or args.throughput:  # nothing goes on, so nothing can differ
-        return
+            _logger.info(f"{start.source}: weights only, training starts at epoch {args.start_epoch}")
+        return replace(start, epoch=args.start_epoch)
+    epoch, step, meters = saved["epoch"] + 1, saved.get("step", 0), None
+    start = replace(start, full=True, epoch=epoch, max_accuracy=dict(saved.get("max_accuracy") or {}))
+    if args.eval or args.throughput:  # no training follows, so nothing can differ
+        return start
     then = saved.get("args") or {}
     now = {name: getattr(args, name) for name in ("batch_size", "grad_accum", "seed", "fast_loader")} | {
         "world_size": world.world_size
@@ -149,27 +149,28 @@ def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: 
     changed = {name: f"{then[name]} -> {now[name]}" for name in now if then.get(name) not in (None, now[name])}
     if changed:
         _logger.warning(
-            f"resuming {start.source} with {changed}: from epoch {start.epoch} on, the order of the images, their "
+            f"resuming {start.source} with {changed}: from epoch {epoch} on, the order of the images, their "
             "augmentation and the scaled learning rate differ from the uninterrupted run"
         )
-    if start.step and {"world_size", "batch_size", "grad_accum"} & changed.keys():
-        _logger.warning(f"epoch {start.epoch} begins again: its first {start.step} batches were cut differently")
-        start.step = 0
-    if start.step:
-        start.meters = saved["meters"][str(world.rank)]
+    if step and {"world_size", "batch_size", "grad_accum"} & changed.keys():
+        _logger.warning(f"epoch {epoch} begins again: its first {step} batches were cut differently")
+        step = 0
+    if step:
+        meters = saved["meters"][str(world.rank)]
+    return replace(start, step=step, meters=meters)
 
 
 def build_ema(args: argparse.Namespace, start: Start, model: nn.Module) -> ModelEmaV3 | None:
-    """The moving average: the checkpoint's where it has one, else a copy of the (loaded) model."""
+    """The EMA of the weights: the checkpoint's where it has one, else a copy of the (loaded) model."""
     saved = start.checkpoint.get("model_ema") if start.checkpoint else None
     if args.eval and args.eval_ema and saved is None:
-        raise ArgumentError(f"--eval-ema: {start.source} holds no moving average of the weights")
+        raise ArgumentError(f"--eval-ema: {start.source} holds no EMA of the weights")
     if not (args.eval_ema if args.eval else args.model_ema):
         return None
     device = torch.device("cpu") if args.model_ema_force_cpu else None
     ema = ModelEmaV3(model, decay=args.model_ema_decay, device=device)
     if saved is not None and (start.full or args.eval):
-        load_weights(ema.module, saved, source=f"{start.source} (moving average)")
+        load_weights(ema.module, saved, source=f"{start.source} (EMA)")
     return ema
 
 
@@ -180,8 +181,9 @@ def build_trainer(
     ema: ModelEmaV3 | None,
     world: World,
     amp_dtype: torch.dtype,
+    prepare: nn.Module | None = None,
 ) -> engine.Trainer:
-    """Optimizer, loss, mixing and wrappers around the loaded model."""
+    """Optimizer, loss, mixing and wrappers around the loaded model; ``prepare`` is that of :class:`Loaders`."""
     lr = optim.scaled_lr(args, world.world_size)
     try:
         optimizer = optim.build_optimizer(args, model, lr)
@@ -226,22 +228,19 @@ def build_trainer(
             # ranks in another order: a resumed run would differ in the last bits. This flag switches regrouping off.
             find_unused_parameters=world.device.type == "cpu" and world.world_size > 2,
         )
-    prepare = None
-    if args.fast_loader:
-        prepare = fastload.build_device_transform(args, resolve_data_config({}, model=model), world.device)
     return engine.Trainer(
-        wrapped,
-        model,
-        criterion,
-        optimizer,
-        scaler,
-        world.device,
-        amp_dtype,
-        prepare,
-        mixup,
-        ema,
-        args.clip_grad,
-        args.grad_accum,
+        model=wrapped,
+        bare_model=model,
+        criterion=criterion,
+        optimizer=optimizer,
+        scaler=scaler,
+        device=world.device,
+        amp_dtype=amp_dtype,
+        prepare=prepare,
+        mixup=mixup,
+        ema=ema,
+        clip_grad=args.clip_grad,
+        grad_accum=args.grad_accum,
     )
 
 
@@ -254,11 +253,27 @@ def build_teacher(args: argparse.Namespace, classes: int, device: torch.device) 
     return teacher.to(device).eval().requires_grad_(False)
 
 
-def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> tuple[DataLoader | None, DataLoader]:
-    """The training loader (None with ``--eval``) and the evaluation loader, each this rank's share of its data set."""
-    data_config = resolve_data_config({}, model=model)
-    dataset_val, _ = datasets.build_dataset(False, args, data_config)
-    dataset_train = None if args.eval else build_training_set(args, data_config)
+class Loaders(NamedTuple):
+    """This rank's batches."""
+
+    train: DataLoader | None  # None with --eval
+    val: DataLoader
+    prepare: nn.Module | None  # what the device still has to do with a training batch, before anything else
+
+
+def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> Loaders:
+    """This rank's share of the training and of the evaluation images, as ``model`` wants them.
+
+    By default the training images come as bytes and are normalised and erased on the device; with ``--no-fast-loader``
+    they come finished.
+    """
+    options, data_config = DataOptions.from_args(args), resolve_data_config({}, model=model)
+    dataset_val, _ = datasets.build_dataset(False, options, data_config)
+    dataset_train = prepare = None
+    if not args.eval:
+        build_dataset = fastload.build_dataset if args.fast_loader else partial(datasets.build_dataset, True)
+        dataset_train, _ = build_dataset(options, data_config)
+        prepare = fastload.build_device_transform(options, data_config, world.device) if args.fast_loader else None
     sampler_train, sampler_val = samplers.build_samplers(
         dataset_train,
         dataset_val,
@@ -273,16 +288,10 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> t
         dataset_val, sampler_val, batch_size=max(1, 3 * args.batch_size // 2), drop_last=False, **common
     )
     if args.eval:
-        return None, loader_val
+        return Loaders(None, loader_val, None)
     batch_size = fit_batch_size(args, len(sampler_train))
-    return build_loader(dataset_train, sampler_train, batch_size=batch_size, drop_last=True, **common), loader_val
-
-
-def build_training_set(args: argparse.Namespace, data_config: dict) -> Dataset:
-    """Training images as bytes that ``Trainer.prepare`` finishes on the device; ``--no-fast-loader``: as floats."""
-    if args.fast_loader:
-        return fastload.build_dataset(args, data_config)[0]
-    return datasets.build_dataset(True, args, data_config)[0]
+    loader_train = build_loader(dataset_train, sampler_train, batch_size=batch_size, drop_last=True, **common)
+    return Loaders(loader_train, loader_val, prepare)
 
 
 def fit_batch_size(args: argparse.Namespace, samples: int) -> int:

@@ -2,7 +2,7 @@
 
 A file is a path, or a ``Member`` of an archive or a shard that is read in place (``archives.py``, ``shards.py``).
 
-``build_dataset`` and ``build_transform`` take the parsed arguments with DeiT's flag names. Whatever is wrong with the
+``DataOptions`` says which images and how they are augmented, with DeiT's names and defaults. Whatever is wrong with the
 data is a ``DataError`` of one sentence that names the flag, the path and the way out.
 """
 
@@ -17,6 +17,7 @@ import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,37 @@ File = str | Member
 
 class BadImageError(DataError):
     """One image file cannot be read."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which images, and what becomes of them. The names are those of main.py's flags, and so are the defaults."""
+
+    data_set: str = "IMNET"  # one of DATA_SETS
+    data_path: str = ""
+    inat_category: str = "name"
+    num_classes: int | None = None  # of shards that do not name their classes
+    download: bool = False
+    skip_bad_images: int = 0
+    shard_cache: str = ""
+    shard_cache_gb: float = 64.0
+    input_size: int = 224
+    # Training: DeiT's recipe.
+    color_jitter: float = 0.4  # only where aa is off
+    hflip: float = 0.5
+    aa: str | None = "rand-m9-mstd0.5-inc1"  # "none" or "" switches it off
+    train_interpolation: str = "bicubic"
+    reprob: float = 0.25
+    remode: str = "pixel"
+    recount: int = 1
+    # Evaluation.
+    eval_crop_ratio: float | None = None  # None: the model's own crop_pct
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> "DataOptions":
+        """Those that a command's parsed arguments have."""
+        given = vars(args)
+        return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
 
 
 # ----------------------------------------------------------------------------------------------------------- transforms
@@ -139,18 +171,15 @@ def _explain_image_errors(path: File) -> Iterator[None]:
 
 
 def build_transform(
-    is_train: bool, args: Namespace, data_config: dict[str, Any] | None = None, *, as_image: bool = False
+    is_train: bool, options: DataOptions, data_config: dict[str, Any] | None = None, *, as_image: bool = False
 ) -> transforms.Compose:
     """Transform from an RGB image of any size to a normalised float tensor of shape (3, input_size, input_size).
 
     Args:
         is_train: Whether to augment with DeiT's recipe. Otherwise the shorter side is resized to
             ``floor(input_size / crop_pct)`` and the centre is cropped.
-        args: Arguments. Training reads ``input_size, color_jitter, hflip, aa, train_interpolation, reprob, remode,
-            recount``; ``--aa none`` or ``''`` switches RandAugment off, and ``color_jitter`` then applies. Evaluation
-            reads ``input_size`` and ``eval_crop_ratio`` (absent or None: the model's own ``crop_pct``). Up to 32
-            pixels both resize to ``input_size``, and training crops with a padding of 4 instead of cropping and
-            resizing. ``resplit`` acts on batches of augmentation splits only, which this recipe does not have.
+        options: Up to 32 pixels training and evaluation resize to ``input_size``, and training crops with a padding
+            of 4 instead of cropping and resizing.
         data_config: ``timm.data.resolve_data_config({}, model=model)``: ``mean``, ``std``, ``crop_pct`` and
             ``interpolation`` (of the evaluation). None: timm's defaults, those of ImageNet.
         as_image: Whether the training transform ends with the augmented image, not yet a tensor.
@@ -160,39 +189,41 @@ def build_transform(
 
     Source: DeiT's recipe, arXiv 2012.12877, table 9.
     """
-    config = data_config or resolve_data_config(pretrained_cfg={"input_size": (3, args.input_size, args.input_size)})
-    small = args.input_size <= 32
+    config = data_config or resolve_data_config(
+        pretrained_cfg={"input_size": (3, options.input_size, options.input_size)}
+    )
+    small = options.input_size <= 32
     if is_train:
         crop, augment, finish = create_transform(
-            input_size=args.input_size,
+            input_size=options.input_size,
             is_training=True,
             separate=True,
-            color_jitter=args.color_jitter,
-            hflip=getattr(args, "hflip", 0.5),
-            auto_augment=_auto_augment_policy(args.aa),
-            interpolation=args.train_interpolation,
+            color_jitter=options.color_jitter,
+            hflip=options.hflip,
+            auto_augment=_auto_augment_policy(options.aa),
+            interpolation=options.train_interpolation,
             mean=config["mean"],
             std=config["std"],
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
+            re_prob=options.reprob,
+            re_mode=options.remode,
+            re_count=options.recount,
         )
         if small:
             # An image of 32 pixels has no room for a random crop of 8% of its area.
             bicubic = str_to_interp_mode("bicubic")
             crop.transforms[:1] = [
-                transforms.Resize(args.input_size, interpolation=bicubic),
-                transforms.RandomCrop(args.input_size, padding=4),
+                transforms.Resize(options.input_size, interpolation=bicubic),
+                transforms.RandomCrop(options.input_size, padding=4),
             ]
         parts = (crop, augment) if as_image else (crop, augment, finish)
         return transforms.Compose([step for part in parts for step in part.transforms])
-    crop_ratio = getattr(args, "eval_crop_ratio", None)
+    crop_ratio = options.eval_crop_ratio
     if crop_ratio is None:
         crop_ratio = config["crop_pct"]
     if not 0 < crop_ratio <= 1:
         raise DataError(f"--eval-crop-ratio must lie in (0, 1], got {crop_ratio}; 0.875 resizes to 256 for 224 pixels")
     return create_transform(
-        input_size=args.input_size,
+        input_size=options.input_size,
         is_training=False,
         interpolation=config["interpolation"],
         mean=config["mean"],
@@ -428,7 +459,7 @@ class SkipBadImages(Dataset):
 
 def build_dataset(
     is_train: bool,
-    args: Namespace,
+    options: DataOptions,
     data_config: dict[str, Any] | None = None,
     *,
     transform: Callable | None = None,
@@ -438,9 +469,7 @@ def build_dataset(
 
     Args:
         is_train: Whether to build the training set with its augmentation.
-        args: Arguments: ``data_set`` (one of ``DATA_SETS``), ``data_path``, ``inat_category``, what ``build_transform``
-            reads, and, where present, ``download`` (False), ``skip_bad_images`` (0), ``shard_cache`` and
-            ``shard_cache_gb``.
+        options: Which images, and what becomes of them.
         data_config: As in ``build_transform``.
         transform: In place of ``build_transform``'s.
         loader: Reads a file for it: ``load_image``, or ``open_image`` for a transform that decodes.
@@ -452,25 +481,25 @@ def build_dataset(
     Raises:
         DataError: If the data are not there or not usable.
     """
-    transform = transform or build_transform(is_train, args, data_config)
-    if args.data_set == "wds":
-        dataset = _build_shards(is_train, args, transform, loader)
-        return _skip_bad_images(dataset, args), len(dataset.classes)
-    root = _check_root(args)
-    if args.data_set in ("CIFAR", "CIFAR10", "FMNIST"):
-        dataset = _build_torchvision(is_train, args, root, transform)
+    transform = transform or build_transform(is_train, options, data_config)
+    if options.data_set == "wds":
+        dataset = _build_shards(is_train, options, transform, loader)
+        return _skip_bad_images(dataset, options), len(dataset.classes)
+    root = _check_root(options)
+    if options.data_set in ("CIFAR", "CIFAR10", "FMNIST"):
+        dataset = _build_torchvision(is_train, options, root, transform)
         return dataset, len(dataset.classes)
-    if args.data_set in INAT_YEARS:
-        category = getattr(args, "inat_category", "name")
-        dataset = INaturalistJson(root, is_train, INAT_YEARS[args.data_set], category, transform, loader)
+    if options.data_set in INAT_YEARS:
+        category = options.inat_category
+        dataset = INaturalistJson(root, is_train, INAT_YEARS[options.data_set], category, transform, loader)
     else:
-        _tree_classes(args, root, is_train)
+        _tree_classes(options, root, is_train)
         dataset = _build_tree(root, "train" if is_train else "val", transform, loader)
-    return _skip_bad_images(dataset, args), len(dataset.classes)
+    return _skip_bad_images(dataset, options), len(dataset.classes)
 
 
-def _skip_bad_images(dataset: DatasetFolder, args: Namespace) -> Dataset:
-    limit = getattr(args, "skip_bad_images", 0)
+def _skip_bad_images(dataset: DatasetFolder, options: DataOptions) -> Dataset:
+    limit = options.skip_bad_images
     if limit < 0:
         raise DataError(f"--skip-bad-images must not be negative, got {limit}")
     return SkipBadImages(dataset, limit) if limit else dataset
@@ -492,50 +521,50 @@ def _build_tree(root: Path, split: str, transform: Callable, loader: Callable[[F
 
 
 def _build_shards(
-    is_train: bool, args: Namespace, transform: Callable, loader: Callable[[File], Image.Image]
+    is_train: bool, options: DataOptions, transform: Callable, loader: Callable[[File], Image.Image]
 ) -> MemberImages:
-    root = _shards_root(args)
+    root = _shards_root(options)
     split = shards.open_split(root, "train" if is_train else "val")
     # Without names of classes, --num-classes has to say how many there are.
-    classes = split.classes or [str(label) for label in range(getattr(args, "num_classes", None) or 0)]
+    classes = split.classes or [str(label) for label in range(options.num_classes or 0)]
     if not shards.is_remote(root):
         return MemberImages(root, shards.local_members(split), classes, transform, loader)
-    folder = getattr(args, "shard_cache", "")
+    folder = options.shard_cache
     cache = Path(folder).expanduser() if folder else shards.default_cache()
-    members = shards.RemoteMembers(split, cache, getattr(args, "shard_cache_gb", 64) * 2**30)
+    members = shards.RemoteMembers(split, cache, options.shard_cache_gb * 2**30)
     return MemberImages(root, members, classes, transform, loader)
 
 
-def _shards_root(args: Namespace) -> str:
-    if not args.data_path:
+def _shards_root(options: DataOptions) -> str:
+    if not options.data_path:
         raise DataError("--data-path is missing: give the folder or the address of the shards")
-    if shards.is_remote(args.data_path):
-        return args.data_path
-    root = Path(args.data_path).expanduser()
+    if shards.is_remote(options.data_path):
+        return options.data_path
+    root = Path(options.data_path).expanduser()
     if not root.is_dir():
         raise DataError(f"--data-path {root} is no folder: --data-set wds needs the folder or the address of shards")
     return str(root)
 
 
-def count_classes(args: Namespace, is_train: bool = True) -> int:
+def count_classes(options: DataOptions, is_train: bool = True) -> int:
     """Number of classes of ``--data-set`` at ``--data-path``, without listing images: a model can be built first.
 
     Args:
-        args: As in ``build_dataset``.
+        options: As in ``build_dataset``.
         is_train: Whether the training images are needed; see ``build_dataset``.
 
     Raises:
         DataError: If the data are not there or not usable.
     """
-    if args.data_set == "wds":
-        return len(shards.class_names(_shards_root(args)))
-    root = _check_root(args)
-    if args.data_set in ("CIFAR", "CIFAR10", "FMNIST"):
-        return NOMINAL_CLASSES[args.data_set]
-    if args.data_set in INAT_YEARS:
-        year = INAT_YEARS[args.data_set]
-        return len(INaturalistJson(root, is_train, year, getattr(args, "inat_category", "name")).classes)
-    return len(_tree_classes(args, root, is_train))
+    if options.data_set == "wds":
+        return len(shards.class_names(_shards_root(options)))
+    root = _check_root(options)
+    if options.data_set in ("CIFAR", "CIFAR10", "FMNIST"):
+        return NOMINAL_CLASSES[options.data_set]
+    if options.data_set in INAT_YEARS:
+        year = INAT_YEARS[options.data_set]
+        return len(INaturalistJson(root, is_train, year, options.inat_category).classes)
+    return len(_tree_classes(options, root, is_train))
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -559,20 +588,20 @@ def fashion_mnist_file(folder: Path, name: str) -> Path:
     return path if path.is_file() else folder / f"{name}.gz"
 
 
-def _check_root(args: Namespace) -> Path:
+def _check_root(options: DataOptions) -> Path:
     """``--data-path`` as a path that exists, unless the data are to be downloaded there."""
-    if args.data_set not in DATA_SETS:
-        raise DataError(f"--data-set {args.data_set} is unknown: choose one of {', '.join(DATA_SETS)}")
-    if not args.data_path:
+    if options.data_set not in DATA_SETS:
+        raise DataError(f"--data-set {options.data_set} is unknown: choose one of {', '.join(DATA_SETS)}")
+    if not options.data_path:
         raise DataError("--data-path is missing: give the folder of the images")
-    root = Path(args.data_path).expanduser()
-    archived = args.data_set in ("IMNET", "IMNET100", "FOLDER") and root.suffix.lower() in archives.SUFFIXES
+    root = Path(options.data_path).expanduser()
+    archived = options.data_set in ("IMNET", "IMNET100", "FOLDER") and root.suffix.lower() in archives.SUFFIXES
     if root.exists() and not root.is_dir() and not archived:
         raise DataError(
             f"--data-path {root} is a file: give the folder of the images; trees with train/ and val/ may also be in "
             "a .tar or .zip, not compressed as a whole"
         )
-    if not root.exists() and not getattr(args, "download", False):
+    if not root.exists() and not options.download:
         raise DataError(f"--data-path {root} does not exist: give the folder of the images")
     return root
 
@@ -597,20 +626,20 @@ def _split_classes(root: Path, split: str) -> list[str] | None:
     return class_folders(found) if isinstance(found, Path) else found and found.classes
 
 
-def _tree_classes(args: Namespace, root: Path, is_train: bool) -> list[str]:
+def _tree_classes(options: DataOptions, root: Path, is_train: bool) -> list[str]:
     """Class names of a tree with ``train/`` and ``val/``, after checking that both have the same.
 
     Labels are positions in the sorted names, so a folder that is missing on one side would shift all labels after it.
     Evaluation does without ``train/`` where ``val/`` has every class the named data set is known for.
     """
     found = {split: _split_classes(root, split) for split in ("train", "val")}
-    if not is_train and found["train"] is None and len(found["val"] or ()) == NOMINAL_CLASSES.get(args.data_set):
+    if not is_train and found["train"] is None and len(found["val"] or ()) == NOMINAL_CLASSES.get(options.data_set):
         return found["val"]
     for split, classes in found.items():
         if classes is None:
             beside = f" and no {split}.tar or {split}.zip" if root.is_dir() else ""
             raise DataError(
-                f"--data-path {root} has no folder {split}/{beside}: --data-set {args.data_set} needs "
+                f"--data-path {root} has no folder {split}/{beside}: --data-set {options.data_set} needs "
                 "train/<class>/ and val/<class>/ with the images of each class"
             )
     if found["train"] != found["val"]:
@@ -631,9 +660,9 @@ def _shorten(names: list[str], limit: int = 10) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _build_torchvision(is_train: bool, args: Namespace, root: Path, transform: Callable) -> VisionDataset:
+def _build_torchvision(is_train: bool, options: DataOptions, root: Path, transform: Callable) -> VisionDataset:
     """CIFAR-10, CIFAR-100 or Fashion-MNIST, read into memory as a whole."""
-    if args.data_set == "FMNIST":
+    if options.data_set == "FMNIST":
         transform = transforms.Compose([to_rgb, transform])
         if fashion_mnist_file(root, "train-images-idx3-ubyte").is_file():
             return FlatFashionMNIST(root, is_train, transform)
@@ -643,13 +672,13 @@ def _build_torchvision(is_train: bool, args: Namespace, root: Path, transform: C
             "then --data-path /usr/share/datasets/fashion-mnist), or torchvision's FashionMNIST/raw/"
         )
     else:
-        builder = CIFAR10 if args.data_set == "CIFAR10" else CIFAR100
+        builder = CIFAR10 if options.data_set == "CIFAR10" else CIFAR100
         hint = f"the folder {builder.base_folder}/, unpacked from {builder.url}"
     try:
-        return builder(root, train=is_train, transform=transform, download=getattr(args, "download", False))
+        return builder(root, train=is_train, transform=transform, download=options.download)
     except (RuntimeError, OSError, ValueError) as error:
         raise DataError(
-            f"--data-set {args.data_set} is not usable at --data-path {root} ({error}): "
+            f"--data-set {options.data_set} is not usable at --data-path {root} ({error}): "
             f"put there {hint}; or pass --download where the network allows it"
         ) from error
 

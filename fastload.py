@@ -15,7 +15,6 @@ step's instead of the sample's, which is as independent of workers and restarts.
 
 import math
 import random
-from argparse import Namespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 import datasets
+from datasets import DataOptions
 
 # A reduced image has at least this many pixels for each one of the result, along both sides. With 2 the result is
 # within 0.6 levels of the full decoding's on average and as sharp (1%); with 1 it loses up to 5% of its gradients.
@@ -74,20 +74,20 @@ def _reduce(image: Image.Image, reduction: float) -> float:
     return 1.0 if drafted is None else drafted[1][2] / width
 
 
-def build_transform(args: Namespace, data_config: dict[str, Any] | None = None) -> transforms.Compose:
+def build_transform(options: DataOptions, data_config: dict[str, Any] | None = None) -> transforms.Compose:
     """As ``datasets.build_transform(True, ...)`` up to normalisation, from an image that may not be decoded yet.
 
     Returns:
         Transform to a tensor of shape (input_size, input_size, 3), uint8: transposing is left to the device too.
     """
-    transform = datasets.build_transform(True, args, data_config, as_image=True)
+    transform = datasets.build_transform(True, options, data_config, as_image=True)
     transform.transforms.append(_to_bytes)
     first = transform.transforms[0]
     modes = getattr(first, "interpolation", None)
     modes = modes if isinstance(modes, tuple) else (modes,)
     if isinstance(first, RandomResizedCropAndInterpolation) and set(modes) <= set(TORCH_FILTERS):
         transform.transforms[0] = RandomResizedCropOfFile(
-            first.size, first.scale, first.ratio, args.train_interpolation
+            first.size, first.scale, first.ratio, options.train_interpolation
         )
     else:
         transform.transforms.insert(0, datasets.decode)
@@ -99,10 +99,10 @@ def _to_bytes(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image))
 
 
-def build_dataset(args: Namespace, data_config: dict[str, Any] | None = None) -> tuple[Dataset, int]:
+def build_dataset(options: DataOptions, data_config: dict[str, Any] | None = None) -> tuple[Dataset, int]:
     """Training data set with images of uint8 and its number of classes; else as ``datasets.build_dataset``."""
-    transform = build_transform(args, data_config)
-    return datasets.build_dataset(True, args, data_config, transform=transform, loader=datasets.open_image)
+    transform = build_transform(options, data_config)
+    return datasets.build_dataset(True, options, data_config, transform=transform, loader=datasets.open_image)
 
 
 class DeviceTransform(nn.Module):
@@ -143,15 +143,17 @@ class DeviceTransform(nn.Module):
 
 
 def build_device_transform(
-    args: Namespace, data_config: dict[str, Any] | None = None, device: torch.device | str = "cpu"
+    options: DataOptions, data_config: dict[str, Any] | None = None, device: torch.device | str = "cpu"
 ) -> DeviceTransform:
     """What ``build_transform`` leaves to the device; the arguments are the same."""
-    config = data_config or resolve_data_config(pretrained_cfg={"input_size": (3, args.input_size, args.input_size)})
+    config = data_config or resolve_data_config(
+        pretrained_cfg={"input_size": (3, options.input_size, options.input_size)}
+    )
     return DeviceTransform(
         config["mean"],
         config["std"],
-        reprob=args.reprob,
-        remode=args.remode,
-        recount=args.recount,
+        reprob=options.reprob,
+        remode=options.remode,
+        recount=options.recount,
         device=torch.device(device),
     )

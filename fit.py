@@ -20,7 +20,7 @@ import engine
 import optim
 import reporting
 import utils
-from build import Start
+from build import Loaders, Start
 from utils import World
 
 _logger = logging.getLogger(__name__)
@@ -30,15 +30,15 @@ def fit(
     args: argparse.Namespace,
     start: Start,
     trainer: engine.Trainer,
-    loader_train: DataLoader,
-    loader_val: DataLoader,
+    loaders: Loaders,
     world: World,
     about: list[str] | None = None,
 ) -> None:
-    """Trains from ``start`` to ``--epochs``: set the rate, one epoch, evaluate, log, save.
+    """Trains from ``start`` to ``--epochs``: set the learning rate, train one epoch, evaluate, log, save.
 
     ``about`` are lines on the run, its environment and its model, for TensorBoard's text page.
     """
+    loader_train, loader_val = loaders.train, loaders.val
     lr = optim.scaled_lr(args, world.world_size)
     plan = optim.lr_plan(args, lr)
     effective = loader_train.batch_size * args.grad_accum * world.world_size
@@ -54,7 +54,7 @@ def fit(
     recorder = None
     if args.output_dir:
         recorder = utils.on_rank_zero(
-            world, lambda: open_recorder(args, start, trainer, loader_train, loader_val, effective, about or [])
+            world, lambda: open_recorder(args, start, trainer, loaders, effective, about or [])
         )
     saver = Saver(args, trainer, world, start.max_accuracy)
     stop = utils.StopSignal(world, args.dist_timeout)
@@ -81,7 +81,9 @@ def fit(
         rate = images / (time.time() - epoch_began)
         ema = trainer.ema if args.eval_ema else None
         leave_if_asked = partial(stop_if_asked, args, saver, stop, epoch, meters, steps)
-        test_stats = evaluate(args, trainer.bare_model, ema, loader_val, world, trainer.amp_dtype, leave_if_asked)
+        test_stats = evaluate_with_ema(
+            args, trainer.bare_model, ema, loader_val, world, trainer.amp_dtype, leave_if_asked
+        )
 
         best = saver.note(test_stats)
         _logger.info(f"Max accuracy: {saver.max_accuracy['acc1']:.2f}%")
@@ -100,14 +102,13 @@ def open_recorder(
     args: argparse.Namespace,
     start: Start,
     trainer: engine.Trainer,
-    loader_train: DataLoader,
-    loader_val: DataLoader,
+    loaders: Loaders,
     effective_batch: int,
     about: list[str],
 ) -> reporting.Recorder:
     """Rank 0's writer of epochs, with what ``--spectrum-every`` asks for; a run that begins is described first."""
     model = trainer.bare_model
-    watch = reporting.watch_spectrum(model, args.model, loader_val.dataset, args.spectrum_every)
+    watch = reporting.watch_spectrum(model, args.model, loaders.val.dataset, args.spectrum_every)
     recorder = reporting.Recorder(args.output_dir, start.epoch, fresh=not start.full, watch=watch)
     if recorder.begins:
         data_config = resolve_data_config({}, model=model)
@@ -115,7 +116,7 @@ def open_recorder(
             reporting.run_page(args, about),
             reporting.charts(model, watched=watch is not None),
             reporting.hyper_parameters(args, effective_batch),
-            reporting.sample_sheet(loader_train, trainer.prepare, data_config, trainer.device, args.seed),
+            reporting.sample_sheet(loaders.train, loaders.prepare, data_config, trainer.device, args.seed),
         )
     return recorder
 
@@ -202,7 +203,7 @@ class Saver:
         utils.on_rank_zero(self.world, write)
 
 
-def evaluate(
+def evaluate_with_ema(
     args: argparse.Namespace,
     model: nn.Module,
     ema: ModelEmaV3 | None,
@@ -211,7 +212,7 @@ def evaluate(
     amp_dtype: torch.dtype,
     after_step: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Accuracy of the model and, where there is one, of the moving average: ``loss``, ``acc1``, ``acc5``, ``ema_*``.
+    """Accuracy of the model and, where there is one, of its EMA: ``loss``, ``acc1``, ``acc5``, ``ema_*``.
 
     ``after_step`` is called after each batch, equally often on every rank, and may raise.
     """
@@ -228,7 +229,7 @@ def evaluate(
             shared=args.shard_eval,
             after_step=after_step,
         )
-        of = "moving average" if prefix else "network"
+        of = "EMA" if prefix else "network"
         _logger.info(f"Accuracy of the {of} on the {len(loader.dataset)} test images: {result['acc1']:.3f}%")
         stats |= {prefix + name: value for name, value in result.items()}
     return stats

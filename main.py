@@ -20,7 +20,7 @@ import engine
 import models
 import reporting
 import utils
-from fit import evaluate, fit
+from fit import evaluate_with_ema, fit
 from options import ArgumentError, check_args, get_args_parser
 from oversmoothing.weights import CheckpointError, ModelError
 from readers.loader import explain_loader_errors
@@ -52,19 +52,19 @@ def main(args: argparse.Namespace) -> None:
         model = build.build_model(args, build.num_classes(args, start)).to(world.device)
         about.append(reporting.describe_model(args.model, model, args.input_size, world.device))
         _logger.info(about[-1])
-        build.load_start(args, start, model, world)
+        start = build.load_start(args, start, model, world)
         amp_dtype = precision(args, world.device)
         if args.throughput:
             measure_throughput(args, model, world, amp_dtype)
             return
 
-        loader_train, loader_val = build.build_loaders(args, model, world)
+        loaders = build.build_loaders(args, model, world)
         ema = build.build_ema(args, start, model)
         if args.eval:
-            evaluate(args, model, ema, loader_val, world, amp_dtype)
+            evaluate_with_ema(args, model, ema, loaders.val, world, amp_dtype)
             return
-        trainer = build.build_trainer(args, start, model, ema, world, amp_dtype)
-        fit(args, start, trainer, loader_train, loader_val, world, about)
+        trainer = build.build_trainer(args, start, model, ema, world, amp_dtype, loaders.prepare)
+        fit(args, start, trainer, loaders, world, about)
 
 
 def precision(args: argparse.Namespace, device: torch.device) -> torch.dtype:

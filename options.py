@@ -89,7 +89,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     model.add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass")
     model.add("--torchcompile", action="store_true", help="run the model through torch.compile")
-    model.add("--model-ema", action="store_true", help="keep a moving average of the weights (the default)")
+    model.add("--model-ema", action="store_true", help="keep an EMA of the weights (the default)")
     model.add("--no-model-ema", action="store_false", dest="model_ema", help="keep none")
     model.group.set_defaults(model_ema=True)
     parser.set_defaults(model_ema=True)
@@ -355,7 +355,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     evaluation = _Group(parser, "evaluation")
     evaluation.add("--eval", action="store_true", help="evaluate --resume (or --finetune) and leave")
-    evaluation.add("--eval-ema", action="store_true", help="evaluate the moving average of the weights too")
+    evaluation.add("--eval-ema", action="store_true", help="evaluate the EMA of the weights too")
     evaluation.add("--throughput", action="store_true", help="measure images/s of the forward pass and leave")
     evaluation.add(
         "--dist-eval",

@@ -275,11 +275,11 @@ class Recorder:
 
     def _set_earlier_run_aside(self) -> None:
         log = self.folder / "log.txt"
-        checkpoints = [path.name for path in self.folder.glob("*checkpoint*.pth")]
-        if not checkpoints and not (log.exists() and log.stat().st_size):
+        saved = [path.name for path in self.folder.glob("*checkpoint*.pth")]
+        if not saved and not (log.exists() and log.stat().st_size):
             return  # an attempt that ended before it had anything to keep
         # The checkpoints first: a kill in between must not leave one without its log.
-        moved = checkpoints.set_aside(self.folder, checkpoints + self.FILES)
+        moved = checkpoints.set_aside(self.folder, saved + self.FILES)
         _logger.warning(
             f"--output_dir {self.folder} held an earlier run: moved to {moved} (--auto_reload would continue it)"
         )

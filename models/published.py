@@ -41,7 +41,7 @@ def overlay_with_weights(
 ) -> dict:
     """``pretrained_cfg_overlay`` with the weights of a source that timm's own loader does not read, or reads otherwise.
 
-    timm would take the moving average of a training checkpoint where there is one; here weights are ``model``'s.
+    timm would take the EMA of a training checkpoint where there is one; here weights are ``model``'s.
     Models named ``hf-hub:owner/name`` or ``local-dir:folder`` stay timm's.
 
     Args:

@@ -1,8 +1,8 @@
 """The images of an analysis: from any folder or data set, decoded once for each kind of input that the models want."""
 
 import argparse
-import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datasets import DataError, build_dataset, build_transform, load_image
+from datasets import DataError, DataOptions, build_dataset, build_transform, load_image
 from oversmoothing.analysis.subject import Subject
 
 
@@ -63,11 +63,9 @@ def input_kind(subject: Subject) -> tuple:
     return subject.input_size, config["mean"], config["std"], config["crop_pct"], config["interpolation"]
 
 
-def with_input_size(args: argparse.Namespace, input_size: int) -> argparse.Namespace:
-    """The arguments as the functions of datasets.py read them for one model."""
-    args = copy.copy(args)
-    args.input_size = input_size
-    return args
+def options_of(args: argparse.Namespace, subject: Subject) -> DataOptions:
+    """The command's images as one model wants them."""
+    return replace(DataOptions.from_args(args), input_size=subject.input_size)
 
 
 def build_loader(args: argparse.Namespace, subjects: Sequence[Subject]) -> tuple[DataLoader, list[int]]:
@@ -76,11 +74,11 @@ def build_loader(args: argparse.Namespace, subjects: Sequence[Subject]) -> tuple
     datasets = []
     for subject in subjects:
         if kinds.setdefault(input_kind(subject), len(datasets)) == len(datasets):
-            own_args = with_input_size(args, subject.input_size)
+            options = options_of(args, subject)
             if args.data_set:
-                datasets.append(build_dataset(False, own_args, subject.data_config)[0])
+                datasets.append(build_dataset(False, options, subject.data_config)[0])
             else:
-                transform = build_transform(False, own_args, subject.data_config)
+                transform = build_transform(False, options, subject.data_config)
                 datasets.append(ImageFiles(Path(args.data_path).expanduser(), transform))
     views = Views(datasets)
     order = torch.randperm(len(views), generator=torch.Generator().manual_seed(args.seed))

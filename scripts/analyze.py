@@ -34,7 +34,7 @@ from oversmoothing.analysis.report import write_analysis
 from oversmoothing.analysis.results import Result, write_csv
 from oversmoothing.analysis.subject import RANDOM_WEIGHTS, ModelSpec, Subject, build_subject, unique_labels
 from oversmoothing.analysis.token_map import draw_token_maps, token_map, token_map_rows
-from scripts.analysis_images import build_loader, with_input_size
+from scripts.analysis_images import build_loader, options_of
 
 
 class _AddModel(argparse.Action):
@@ -222,7 +222,7 @@ def main(args: argparse.Namespace) -> Path:
 def draw_image(args: argparse.Namespace, subjects: Sequence[Subject], device: torch.device, folder: Path) -> Picture:
     """The attention of ``--layer`` over ``--image``, and token_map.csv with its numbers."""
     picture = load_image(args.image)
-    transforms = [build_transform(False, with_input_size(args, s.input_size), s.data_config) for s in subjects]
+    transforms = [build_transform(False, options_of(args, subject), subject.data_config) for subject in subjects]
     maps = [
         token_map(subject, transform(picture).to(device), args.layer)
         for subject, transform in zip(subjects, transforms, strict=True)

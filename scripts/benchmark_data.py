@@ -37,7 +37,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
 import fastload
-import options
 import samplers
 from readers import shards
 from scripts.prepare_wds import prepare_wds
@@ -90,9 +89,9 @@ def copy_images(source: Path, folder: Path, number: int) -> None:
                 path.write_bytes(content)
 
 
-def recipe_of(data_set: str, path: Path) -> argparse.Namespace:
-    """The default recipe with a data set's flags."""
-    return options.get_args_parser().parse_args(["--data-set", data_set, "--data-path", str(path)])
+def recipe_of(data_set: str, path: Path) -> datasets.DataOptions:
+    """The default recipe on a data set."""
+    return datasets.DataOptions(data_set=data_set, data_path=str(path))
 
 
 def build_sets(tree: Path, folder: Path, shard_images: int = 64) -> dict[str, Any]:

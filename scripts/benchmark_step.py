@@ -5,7 +5,7 @@
     python scripts/benchmark_step.py --device cuda --batch-size 128 --steps 50
     python scripts/benchmark_step.py --only scaling           # needs two free cores
 
-The steps are those of ``engine.train_one_epoch`` with mixup, autocast, loss scaling, AdamW, the moving average, meters
+The steps are those of ``engine.train_one_epoch`` with mixup, autocast, loss scaling, AdamW, the EMA, meters
 and console lines; hooks note the time between their parts. Batches of random bytes are at hand, so data cost nothing.
 """
 
@@ -23,13 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import resolve_data_config
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import build
+import datasets
 import engine
+import fastload
 import options
 import utils
 
@@ -69,7 +72,7 @@ class Timeline:
 
 
 class TimedEma(ModelEmaV3):
-    """timm's moving average, which has no hooks."""
+    """timm's EMA, which has no hooks."""
 
     timeline: Timeline | None = None
 
@@ -78,17 +81,19 @@ class TimedEma(ModelEmaV3):
             self.timeline.stamp("scaler, zero_grad")
         super().update(model, step)
         if self.timeline is not None:
-            self.timeline.stamp("moving average")
+            self.timeline.stamp("EMA")
 
 
 def build_step(world: utils.World, *flags: str) -> tuple[engine.Trainer, list[tuple[Tensor, Tensor]]]:
     """The recipe's trainer of ``flags`` and two batches of random bytes in the loader's form."""
     args = options.get_args_parser().parse_args(["--num-classes", str(NUM_CLASSES), *flags])
-    start = build.Start()
     model = build.build_model(args, NUM_CLASSES).to(world.device)
     ema = TimedEma(model, decay=args.model_ema_decay)
     amp_dtype = getattr(torch, args.amp_dtype or ("float16" if world.device.type == "cuda" else "float32"))
-    trainer = build.build_trainer(args, start, model, ema, world, amp_dtype)
+    prepare = fastload.build_device_transform(
+        datasets.DataOptions.from_args(args), resolve_data_config({}, model=model), world.device
+    )
+    trainer = build.build_trainer(args, build.Start(), model, ema, world, amp_dtype, prepare)
     shape = (args.batch_size, args.input_size, args.input_size, 3)
     batches = [(torch.randint(256, shape, dtype=torch.uint8), torch.randint(NUM_CLASSES, shape[:1])) for _ in range(2)]
     if world.device.type == "cuda":

@@ -84,8 +84,8 @@ def preprocessing(model: nn.Module, input_size: int, crop_ratio: float | None) -
     normalised with ``mean`` and ``std``.
     """
     config = resolve_data_config({}, model=model)
-    args = argparse.Namespace(input_size=input_size, eval_crop_ratio=crop_ratio)
-    resize, crop = datasets.build_transform(False, args, config).transforms[:2]
+    options = datasets.DataOptions(input_size=input_size, eval_crop_ratio=crop_ratio)
+    resize, crop = datasets.build_transform(False, options, config).transforms[:2]
     return {
         "resize": resize.size,
         "interpolation": config["interpolation"],

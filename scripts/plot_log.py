@@ -3,7 +3,7 @@
     python scripts/plot_log.py logs/attnscale_small_12                     # writes logs/attnscale_small_12/curves.png
     python scripts/plot_log.py logs/deit_small_12 logs/attnscale_small_12 --output curves.png
 
-One colour a run; training is dashed, evaluation solid, the moving average of the weights dotted. A star marks the best
+One colour a run; training is dashed, evaluation solid, the EMA of the weights dotted. A star marks the best
 top-1 accuracy of each run, which the legend names.
 """
 
@@ -117,7 +117,7 @@ def draw(runs: dict[str, list[dict[str, float]]], output: Path, title: str = "")
 
     kinds = {"evaluation": "-", "training (augmented images)": "--"}
     if any("test_ema_loss" in line for epochs in runs.values() for line in epochs):
-        kinds["evaluation of the moving average"] = ":"
+        kinds["evaluation of the EMA"] = ":"
     handles = loss.get_legend_handles_labels()[0]
     handles += [Line2D([], [], color="0.35", linestyle=line, label=kind) for kind, line in kinds.items()]
     loss.legend(handles=handles, fontsize=8)

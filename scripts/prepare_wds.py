@@ -128,12 +128,12 @@ def prepare_wds(data_path: Path, output: Path, limit: tuple[int, int | float], s
     Raises:
         DataError: If the tree cannot be used, or ``output`` holds shards of something else.
     """
-    args = argparse.Namespace(data_set="FOLDER", data_path=str(data_path))
+    options = datasets.DataOptions(data_set="FOLDER", data_path=str(data_path))
     if output.is_file():
         raise DataError(f"--output {output} is a file: give a folder")
     tables = {}
     for split in SPLITS:
-        dataset, _ = datasets.build_dataset(split == "train", args, transform=lambda image: image)
+        dataset, _ = datasets.build_dataset(split == "train", options, transform=lambda image: image)
         output.mkdir(parents=True, exist_ok=True)
         plan = plan_shards(dataset, limit, seed)
         paths = [output / f"{split}-{number:06d}.tar" for number in range(len(plan))]

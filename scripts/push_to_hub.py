@@ -125,10 +125,10 @@ def results(source: str, checkpoint: dict[str, Any], ema: bool) -> list[tuple[st
     this = of.get(checkpoint.get("epoch")) if checkpoint.get("step") == 0 else None
     average = "test_ema_" if ema else "test_"
     rows = [
-        ("this file" + (", the moving average" if ema else ""), this, average),
+        ("this file" + (", the EMA" if ema else ""), this, average),
         ("best epoch", best, "test_"),
         ("last epoch", log[-1], "test_"),
-        ("last epoch, the moving average", log[-1], "test_ema_"),
+        ("last epoch, the EMA", log[-1], "test_ema_"),
     ]
     return [
         (what, line["epoch"], line[f"{prefix}acc1"], line[f"{prefix}acc5"])
@@ -235,7 +235,7 @@ def write_folder(folder: Path, args: argparse.Namespace) -> None:
     torch.testing.assert_close(dict(again.state_dict()), dict(model.state_dict()), rtol=0, atol=0, equal_nan=True)
     rows = results(source, checkpoint, args.ema)
     model_card(args.repository, model, checkpoint, rows, args.license).save(folder / "README.md")
-    print(f"taking the {'moving average' if args.ema else 'weights'} of {source}, epoch {checkpoint.get('epoch')}")
+    print(f"taking the {'EMA' if args.ema else 'weights'} of {source}, epoch {checkpoint.get('epoch')}")
 
 
 def upload(folder: Path, repository: str, private: bool) -> str:
@@ -267,7 +267,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run's --output_dir (its best checkpoint is taken), or a checkpoint")
     parser.add_argument("repository", help="owner/name on the Hub; made if it does not exist")
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
+    parser.add_argument("--ema", action="store_true", help="the EMA of the weights")
     parser.add_argument("--private", action="store_true", help="make a repository that only its owner sees")
     parser.add_argument("--dry-run", type=Path, metavar="DIR", help="write the files into a new folder, upload nothing")
     parser.add_argument("--license", default="mit", metavar="NAME", help="of the weights, for the card [%(default)s]")

@@ -15,7 +15,7 @@ import torch
 from subjects import KWARGS, NUM_IMAGES, SMALL, assert_equal_results, dense_maps, measured, subject_of, write_photos
 
 import options
-from datasets import build_transform
+from datasets import DataOptions, build_transform
 from oversmoothing.analysis import results as analysis_results
 from oversmoothing.analysis import spectrum
 from oversmoothing.analysis.measurement import Measurement
@@ -124,8 +124,7 @@ def test_all_wrong_flags_are_named_at_once() -> None:
 def test_numbers_equal_those_of_the_dense_attention_maps(output: Path, photos: Path, attnscale_file: Path) -> None:
     model = timm.create_model("attnscale_small_12", num_classes=7, **KWARGS).eval()
     load_weights(model, read_checkpoint(attnscale_file)["model"], source="test")
-    args = analyze.get_parser().parse_args(["--data-path", str(photos)])
-    transform = build_transform(False, analysis_images.with_input_size(args, 32), None)
+    transform = build_transform(False, DataOptions(input_size=32), None)
     images = torch.stack([image for image, _ in analysis_images.ImageFiles(photos, transform)])
     features = model.forward_intermediates(images, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True)
     maps = dense_maps(model, images)

@@ -65,7 +65,7 @@ def test_the_parts_of_a_step_add_up_to_it() -> None:
         "backward",
         "optimizer",
         "scaler, zero_grad",
-        "moving average",
+        "EMA",
         "rest",
     }
     assert sum(timeline.seconds.values()) >= 0.5 * seconds

@@ -19,7 +19,17 @@ from PIL import Image
 from timm.data import resolve_data_config
 from torchvision import transforms
 
-from datasets import NOMINAL_CLASSES, DataError, build_dataset, build_transform, count_classes, load_image, to_rgb
+from datasets import (
+    NOMINAL_CLASSES,
+    DataError,
+    DataOptions,
+    build_dataset,
+    build_transform,
+    count_classes,
+    load_image,
+    to_rgb,
+)
+from options import get_args_parser
 from readers.loader import AddressedDataset, build_loader, explain_loader_errors
 from samplers import build_samplers
 
@@ -27,24 +37,9 @@ DEIT = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct":
 CAIT = DEIT | {"crop_pct": 1.0}
 
 
-def make_args(path: Path | str = "", **kwargs: object) -> Namespace:
+def make_args(path: Path | str = "", **kwargs: object) -> DataOptions:
     """DeiT's defaults."""
-    defaults = {
-        "data_set": "FOLDER",
-        "data_path": str(path),
-        "input_size": 224,
-        "color_jitter": 0.4,
-        "aa": "rand-m9-mstd0.5-inc1",
-        "train_interpolation": "bicubic",
-        "reprob": 0.25,
-        "remode": "pixel",
-        "recount": 1,
-        "resplit": False,
-        "inat_category": "name",
-        "skip_bad_images": 0,
-        "eval_crop_ratio": None,
-    }
-    return Namespace(**(defaults | kwargs))
+    return DataOptions(**({"data_set": "FOLDER", "data_path": str(path)} | kwargs))
 
 
 def random_image(seed: int, size: tuple[int, int] = (40, 48)) -> Image.Image:
@@ -328,11 +323,10 @@ def test_classes_are_counted_from_the_tree(tree: Path, data_set: str) -> None:
     assert NOMINAL_CLASSES.get(data_set) in (1000, 100, None)
 
 
-def test_arguments_that_deit_does_not_know_may_be_absent(tree: Path) -> None:
-    args = make_args(tree)
-    for name in ("skip_bad_images", "eval_crop_ratio", "inat_category"):
-        delattr(args, name)
-    assert build_dataset(False, args)[1] == 3
+def test_options_come_from_the_flags_that_a_command_has() -> None:
+    main, other = get_args_parser().parse_args(["--aa", "none"]), Namespace(data_path="photos", seed=3)
+    assert DataOptions.from_args(main) == DataOptions(aa="none")  # so the defaults are main.py's
+    assert DataOptions.from_args(other) == DataOptions(data_path="photos")
 
 
 def remove_class(root: Path, split: str, name: str) -> None:

@@ -52,9 +52,9 @@ def evaluate(words: list[str], world: utils.World = ALONE) -> dict[str, float]:
     args = get_args_parser().parse_args(words)
     start = build.find_start(args)
     model = build.build_model(args, build.num_classes(args, start))
-    build.load_start(args, start, model, world)
-    _, loader = build.build_loaders(args, model, world)
-    return fit.evaluate(args, model, None, loader, world, torch.float32)
+    start = build.load_start(args, start, model, world)
+    loader = build.build_loaders(args, model, world).val
+    return fit.evaluate_with_ema(args, model, None, loader, world, torch.float32)
 
 
 def every_setting(words: list[str], world: utils.World) -> dict[str, dict[str, float]]:
@@ -138,8 +138,8 @@ def test_the_loss_is_the_mean_over_images_not_over_batches(case: list[str]) -> N
     args = get_args_parser().parse_args([*case, "--batch-size", "20"])
     start = build.find_start(args)
     model = build.build_model(args, CLASSES)
-    build.load_start(args, start, model, ALONE)
-    _, loader = build.build_loaders(args, model, ALONE)
+    start = build.load_start(args, start, model, ALONE)
+    loader = build.build_loaders(args, model, ALONE).val
     assert [len(images) for images, _ in loader] == [30, 1]
     images, targets = (torch.cat(part) for part in zip(*loader, strict=True))
     with torch.inference_mode():
@@ -162,7 +162,7 @@ def test_fewer_than_five_classes_work(classes: int, tmp_path: Path) -> None:
 def test_evaluation_leaves_the_model_as_it_was(case: list[str]) -> None:
     args = get_args_parser().parse_args(case)
     model = build.build_model(args, CLASSES).train()
-    _, loader = build.build_loaders(args, model, ALONE)
+    loader = build.build_loaders(args, model, ALONE).val
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     engine.evaluate(model, loader, torch.device("cpu"))
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
@@ -174,8 +174,9 @@ def test_the_model_sets_the_crop_of_the_evaluation(case: list[str]) -> None:
     sizes = {}
     for name, more in (("deit_tiny_12", []), ("cait_XXS24", []), ("deit_tiny_12", ["--eval-crop-ratio", "1"])):
         args = get_args_parser().parse_args([*case, "--model", name, "--input-size", "224", *more])
+        options = datasets.DataOptions.from_args(args)
         with torch.device("meta"):
             model = timm.create_model(name)
-        resize = datasets.build_transform(False, args, resolve_data_config({}, model=model)).transforms[0]
+        resize = datasets.build_transform(False, options, resolve_data_config({}, model=model)).transforms[0]
         sizes[(name, *more)] = resize.size
     assert list(sizes.values()) == [256, 224, 224]

@@ -5,7 +5,6 @@ import re
 import shlex
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -161,8 +160,8 @@ def test_the_preprocessing_is_the_evaluations(name: str, pixels: int, ratio: flo
     assert (steps["resize"], steps["crop"]) == (resized, pixels)
     noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     image, config = Image.fromarray(noise), timm.data.resolve_data_config({}, model=model)
-    args = Namespace(input_size=pixels, eval_crop_ratio=ratio)
-    expected = datasets.build_transform(False, args, config)(image)
+    options = datasets.DataOptions(input_size=pixels, eval_crop_ratio=ratio)
+    expected = datasets.build_transform(False, options, config)(image)
     torch.testing.assert_close(transform(json.loads(json.dumps(steps)))(image), expected, rtol=0, atol=0)
 
 

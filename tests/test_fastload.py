@@ -1,7 +1,6 @@
 """The fast loader gives the plain loader's pictures, from draws that neither workers nor restarts change."""
 
 import random
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import ks_2samp
-from timm.data import resolve_data_config
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
@@ -37,16 +35,17 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_args(path: Path | str = "", *flags: str) -> Namespace:
-    return get_args_parser().parse_args(["--data-set", "FOLDER", "--data-path", str(path), *flags])
+def make_args(path: Path | str = "", *flags: str) -> datasets.DataOptions:
+    args = get_args_parser().parse_args(["--data-set", "FOLDER", "--data-path", str(path), *flags])
+    return datasets.DataOptions.from_args(args)
 
 
-def plain_image(path: Path | str, seed: int, args: Namespace) -> Tensor:
+def plain_image(path: Path | str, seed: int, args: datasets.DataOptions) -> Tensor:
     with seeded(seed):
         return datasets.build_transform(True, args)(datasets.load_image(str(path)))
 
 
-def fast_image(path: Path | str, seed: int, args: Namespace) -> Tensor:
+def fast_image(path: Path | str, seed: int, args: datasets.DataOptions) -> Tensor:
     """The same through bytes and the device's part."""
     with seeded(seed):
         pixels = fastload.build_transform(args)(datasets.open_image(str(path)))
@@ -316,12 +315,13 @@ class Headless(nn.Module):
 @pytest.mark.parametrize("plain", [False, True])
 def test_the_flag_chooses_between_bytes_and_floats(photographs: Path, plain: bool) -> None:
     flags = ["--num_workers", "0", "--batch-size", "4", *(["--no-fast-loader"] if plain else [])]
-    args = make_args(photographs, *flags)
-    loader, loader_val = build.build_loaders(args, Headless(), World(0, 0, 1, CPU))
-    images, _ = next(iter(loader))
+    args = get_args_parser().parse_args(["--data-set", "FOLDER", "--data-path", str(photographs), *flags])
+    loaders = build.build_loaders(args, Headless(), World(0, 0, 1, CPU))
+    images, _ = next(iter(loaders.train))
     assert images.dtype == (torch.float32 if plain else torch.uint8)
-    assert next(iter(loader_val))[0].dtype == torch.float32
+    assert next(iter(loaders.val))[0].dtype == torch.float32
+    assert (loaders.prepare is None) == plain
     if not plain:
-        finish = fastload.build_device_transform(args, resolve_data_config({}, model=Headless()))
+        finish = loaders.prepare
         assert finish(images).shape == (4, 3, 224, 224)
         assert finish.std.flatten().tolist() == [0.25, 0.5, 0.25]

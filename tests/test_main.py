@@ -22,8 +22,8 @@ import models
 import optim
 import oversmoothing
 from datasets import DataError
-from options import ArgumentError, get_args_parser
-from oversmoothing.weights import load_weights, read_checkpoint
+from options import get_args_parser
+from oversmoothing.weights import ModelError, load_weights, read_checkpoint
 from reporting import EpochLog
 from utils import World
 
@@ -361,7 +361,7 @@ def test_a_folder_with_an_earlier_run_loses_nothing(data: Path, tmp_path: Path) 
     assert (tmp_path / "earlier-2" / "log.txt").exists()
 
 
-# ---- the moving average ----------------------------------------------------------------------------------------------
+# ---- the EMA ----------------------------------------------------------------------------------------------
 def test_the_average_starts_from_the_loaded_weights_not_from_random_ones(data: Path, tmp_path: Path) -> None:
     model = tiny_model("attnscale_small_12")
     torch.save({"model": model.state_dict()}, tmp_path / "start.pth")
@@ -376,7 +376,7 @@ def test_the_average_is_restored_on_resume(trained: Path) -> None:
     assert not torch.equal(saved["model_ema"]["head.weight"], saved["model"]["head.weight"])
     args = parse("--resume", trained / "checkpoint.pth")
     start, model = build.find_start(args), tiny_model("deit_small_12")
-    build.load_start(args, start, model, CPU)
+    start = build.load_start(args, start, model, CPU)
     assert start.full and start.epoch == 2
     ema = build.build_ema(args, start, model)
     torch.testing.assert_close(dict(ema.module.state_dict()), saved["model_ema"], rtol=0, atol=0)
@@ -395,13 +395,13 @@ def test_no_average_saves_and_resumes(data: Path, tmp_path: Path) -> None:
 
 def test_eval_ema_logs_both_accuracies(data: Path, tmp_path: Path) -> None:
     printed = call_main(*flags(data, tmp_path, "--eval-ema")).stdout
-    assert "Accuracy of the network on" in printed and "Accuracy of the moving average on" in printed
+    assert "Accuracy of the network on" in printed and "Accuracy of the EMA on" in printed
     (line,) = EpochLog.read(tmp_path / "log.txt")
     assert {"test_loss", "test_acc1", "test_acc5", "test_ema_loss", "test_ema_acc1", "test_ema_acc5"} <= line.keys()
 
     checkpoint = tmp_path / "checkpoint.pth"
     printed = call_main(*flags(data, None, "--eval", "--eval-ema", "--resume", checkpoint)).stdout
-    assert f"Accuracy of the moving average on the 7 test images: {line['test_ema_acc1']:.3f}%" in printed
+    assert f"Accuracy of the EMA on the 7 test images: {line['test_ema_acc1']:.3f}%" in printed
     assert f"Accuracy of the network on the 7 test images: {line['test_acc1']:.3f}%" in printed
 
     torch.save({"model": read_checkpoint(checkpoint)["model"]}, tmp_path / "bare.pth")
@@ -516,7 +516,7 @@ def test_a_single_image_cannot_be_mixed(tmp_path: Path) -> None:
 
 def test_one_process_sees_another_order_every_epoch(data: Path) -> None:
     args = parse(*flags(data))
-    loader, _ = build.build_loaders(args, tiny_model(), CPU)
+    loader = build.build_loaders(args, tiny_model(), CPU).train
     orders = []
     for epoch in (0, 1, 0):
         loader.sampler.set_epoch(epoch)
@@ -604,7 +604,7 @@ def test_an_output_folder_that_cannot_be_is_one_clear_line(data: Path, tmp_path:
 
 def test_argument_errors_are_not_system_exits() -> None:
     """``build`` can be used from Python."""
-    with pytest.raises(ArgumentError, match="no such model"):
+    with pytest.raises(ModelError, match="no such model"):
         build.check_model_names(parse("--model", "no_such_model"))
 
 

@@ -38,7 +38,7 @@ def trained(name: str, **kwargs: Any) -> nn.Module:
 
 
 def deit_style(module: nn.Module, **changes: Any) -> bytes:
-    """The bytes of a checkpoint as DeiT's main.py saves it; its moving average differs from its weights."""
+    """The bytes of a checkpoint as DeiT's main.py saves it; its EMA differs from its weights."""
     average = {name: torch.zeros_like(tensor) for name, tensor in module.state_dict().items()}
     content = {
         "model": module.state_dict(), "optimizer": torch.optim.AdamW(module.parameters()).state_dict(), "epoch": 299,
@@ -73,7 +73,7 @@ def test_the_published_weights_are_loaded_and_come_from_the_cache_offline(
     caplog.set_level(logging.INFO)
     expected = logits(trained(name))
     model = timm.create_model(name, pretrained=True, **SIZE)
-    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)  # and not the moving average
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)  # and not the EMA
     assert f"hf-hub:{published.REPOSITORY}/{published.FILES[name]}" in caplog.text
     assert "state_dict" not in model.pretrained_cfg and model.pretrained_cfg["hf_hub_id"] == published.REPOSITORY
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -177,7 +177,7 @@ def test_names_and_shapes_are_strict_whatever_the_number_of_classes(num_classes:
 
 
 def test_the_average_of_a_run_is_not_taken_silently(tmp_path: Path) -> None:
-    """timm's own reader prefers the moving average of a training checkpoint."""
+    """timm's own reader prefers the EMA of a training checkpoint."""
     model = trained(ATTNSCALE)
     average = ModelEmaV3(model).module
     average.head.bias.data.fill_(9)

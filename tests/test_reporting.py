@@ -132,10 +132,10 @@ def test_the_sheet_of_samples_shows_the_first_batch_as_training_gets_it(
     args = get_args_parser().parse_args([*words])
     cpu = utils.World(0, 0, 1, torch.device("cpu"))
     model = build.build_model(args, 3)
-    trainer = build.build_trainer(args, build.Start(), model, None, cpu, torch.float32)
-    images, labels = next(iter(build.build_loaders(args, model, cpu)[0]))
+    loaders = build.build_loaders(args, model, cpu)
+    images, labels = next(iter(loaders.train))
     utils.seed_everything(args.seed, 0, 0, 0)
-    images = images if trainer.prepare is None else trainer.prepare(images)
+    images = images if loaders.prepare is None else loaders.prepare(images)
     config = resolve_data_config({}, model=model)
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         tile = sheet[number // 6 * height :, number % 6 * width :][:height, :width]
