@@ -48,24 +48,44 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--output_dir logs/attnscale_small_12     (flags can be written with - or with _)",
     )
 
-    model = _Group(parser, "model")
-    model.add(
+    groups = (
+        _model,
+        _optimizer,
+        _learning_rate,
+        _augmentation,
+        _distillation,
+        _data,
+        _run,
+        _checkpoints,
+        _evaluation,
+        _processes,
+        _without_effect,
+    )
+    for add_group in groups:
+        add_group(parser)
+    return parser
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    """The model, its regularisation and its EMA."""
+    group = _Group(parser, "model")
+    group.add(
         "--model",
         default="deit_base_patch16_224",
         type=str,
         metavar="NAME",
         help="any model of this zoo or of timm; --list-models prints the zoo",
     )
-    model.add("--list-models", action="store_true", help="print the names of this zoo and leave")
-    model.add("--input-size", default=224, type=int, metavar="PX", help="side of the square input image, in pixels")
-    model.add(
+    group.add("--list-models", action="store_true", help="print the names of this zoo and leave")
+    group.add("--input-size", default=224, type=int, metavar="PX", help="side of the square input image, in pixels")
+    group.add(
         "--num-classes",
         default=None,
         type=int,
         metavar="N",
         help="classes of the head; left out: counted from the data set",
     )
-    model.add(
+    group.add(
         "--model-kwargs",
         nargs="*",
         default={},
@@ -73,53 +93,54 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="constructor arguments of the model, e.g. embed_dim=96 num_heads=3 patch_size=8",
     )
-    model.add(
+    group.add(
         "--drop",
         type=float,
         default=0.0,
         metavar="P",
         help="dropout after the position embedding, the attention projection and in the MLP (none on the head)",
     )
-    model.add(
+    group.add(
         "--drop-path",
         type=float,
         default=0.1,
         metavar="P",
         help="stochastic depth: rises linearly to P over the layers on DeiT, constant on CaiT",
     )
-    model.add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass")
-    model.add("--torchcompile", action="store_true", help="run the model through torch.compile")
-    model.add("--model-ema", action="store_true", help="keep an EMA of the weights (the default)")
-    model.add("--no-model-ema", action="store_false", dest="model_ema", help="keep none")
-    model.group.set_defaults(model_ema=True)
-    parser.set_defaults(model_ema=True)
-    model.add("--model-ema-decay", type=float, default=0.99996, metavar="D", help="decay of that average, per step")
-    model.add("--model-ema-force-cpu", action="store_true", default=False, help="keep it in host memory")
+    group.add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass")
+    group.add("--torchcompile", action="store_true", help="run the model through torch.compile")
+    group.add("--model-ema", action="store_true", default=True, help="keep an EMA of the weights (the default)")
+    group.add("--no-model-ema", action="store_false", dest="model_ema", help="keep none")
+    group.add("--model-ema-decay", type=float, default=0.99996, metavar="D", help="decay of the EMA, per step")
+    group.add("--model-ema-force-cpu", action="store_true", default=False, help="keep it in host memory")
 
-    optim = _Group(parser, "optimizer")
-    optim.add("--batch-size", default=64, type=int, metavar="N", help="images per process and step")
-    optim.add("--epochs", default=500, type=int, metavar="N", help="passes over the data; the paper's recipe is 500")
-    optim.add(
+
+def _optimizer(parser: argparse.ArgumentParser) -> None:
+    """The optimizer, and how long it runs."""
+    group = _Group(parser, "optimizer")
+    group.add("--batch-size", default=64, type=int, metavar="N", help="images per process and step")
+    group.add("--epochs", default=500, type=int, metavar="N", help="passes over the data; the paper's recipe is 500")
+    group.add(
         "--grad-accum",
         default=1,
         type=int,
         metavar="N",
         help="batches whose gradients are added up before a step; counts in the effective batch",
     )
-    optim.add("--opt", default="adamw", type=str, metavar="NAME", help="any optimizer of timm")
-    optim.add("--opt-eps", default=1e-8, type=float, metavar="EPS", help="epsilon of the optimizer")
-    optim.add(
+    group.add("--opt", default="adamw", type=str, metavar="NAME", help="any optimizer of timm")
+    group.add("--opt-eps", default=1e-8, type=float, metavar="EPS", help="epsilon of the optimizer")
+    group.add(
         "--opt-betas", default=None, type=float, nargs="+", metavar="B", help="betas; left out: the optimizer's own"
     )
-    optim.add(
+    group.add(
         "--clip-grad",
         type=float,
         default=None,
         metavar="NORM",
         help="clip the gradient's global norm; left out or 0: no clipping",
     )
-    optim.add("--momentum", type=float, default=0.9, metavar="M", help="momentum of SGD-like optimizers")
-    optim.add(
+    group.add("--momentum", type=float, default=0.9, metavar="M", help="momentum of SGD-like optimizers")
+    group.add(
         "--weight-decay",
         type=float,
         default=0.05,
@@ -127,20 +148,23 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="weight decay of matrices; vectors, biases, tokens and position embeddings get none",
     )
 
-    lr = _Group(
+
+def _learning_rate(parser: argparse.ArgumentParser) -> None:
+    """The learning rate of every epoch."""
+    group = _Group(
         parser,
         "learning rate",
         "Set once an epoch: epoch 0 runs at --warmup-lr, epoch e > 0 at the schedule's "
         "value for e - 1, as in the paper's runs. The whole plan is printed at the start.",
     )
-    lr.add(
+    group.add(
         "--lr",
         type=float,
         default=5e-4,
         metavar="LR",
         help="for a batch of 512; scaled by batch-size x processes x grad-accum / 512",
     )
-    lr.add(
+    group.add(
         "--layer-decay",
         type=float,
         default=None,
@@ -148,56 +172,52 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="for fine-tuning: each layer learns at D times the rate of the one above it, the head at the full rate "
         "(0.65 to 0.75 are usual); left out: one rate for all",
     )
-    lr.add("--sched", default="cosine", type=str, metavar="NAME", help=f"one of {', '.join(SCHEDULES)}")
-    lr.add(
+    group.add("--sched", default="cosine", type=str, metavar="NAME", help=f"one of {', '.join(SCHEDULES)}")
+    group.add(
         "--warmup-epochs", type=int, default=5, metavar="N", help="epochs of linear warm-up, if the schedule has one"
     )
-    lr.add("--warmup-lr", type=float, default=1e-6, metavar="LR", help="where the warm-up starts (not scaled)")
-    lr.add("--min-lr", type=float, default=1e-5, metavar="LR", help="where the cosine ends (not scaled)")
-    lr.add("--decay-epochs", type=float, default=30, metavar="N", help="interval of step schedules; cosine has none")
-    lr.add("--decay-rate", "--dr", type=float, default=0.1, metavar="RATE", help="factor of step schedules")
-    lr.add(
-        "--cooldown-epochs",
-        type=int,
-        default=10,
-        metavar="N",
-        help="kept for old scripts: --epochs is the whole length of a run, none are added to it",
+    group.add("--warmup-lr", type=float, default=1e-6, metavar="LR", help="where the warm-up starts (not scaled)")
+    group.add("--min-lr", type=float, default=1e-5, metavar="LR", help="where the cosine ends (not scaled)")
+    group.add("--decay-epochs", type=float, default=30, metavar="N", help="interval of step schedules; cosine has none")
+    group.add("--decay-rate", "--dr", type=float, default=0.1, metavar="RATE", help="factor of step schedules")
+    group.add(
+        "--lr-noise", type=float, nargs="+", default=None, metavar="PCT", help="epochs between which there is noise"
     )
-    lr.add("--patience-epochs", type=int, default=10, metavar="N", help="kept for old scripts (plateau schedule only)")
-    lr.add("--lr-noise", type=float, nargs="+", default=None, metavar="PCT", help="epochs between which noise is added")
-    lr.add("--lr-noise-pct", type=float, default=0.67, metavar="PCT", help="limit of that noise")
-    lr.add("--lr-noise-std", type=float, default=1.0, metavar="STD", help="standard deviation of that noise")
+    group.add("--lr-noise-pct", type=float, default=0.67, metavar="PCT", help="limit of that noise")
+    group.add("--lr-noise-std", type=float, default=1.0, metavar="STD", help="standard deviation of that noise")
 
-    aug = _Group(parser, "augmentation")
-    aug.add(
+
+def _augmentation(parser: argparse.ArgumentParser) -> None:
+    """What happens to training images."""
+    group = _Group(parser, "augmentation")
+    group.add(
         "--color-jitter", type=float, default=0.4, metavar="PCT", help="colour jitter; only without --aa, as in timm"
     )
-    aug.add("--hflip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")
-    aug.add(
+    group.add("--hflip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")
+    group.add(
         "--aa",
         type=str,
         default="rand-m9-mstd0.5-inc1",
         metavar="NAME",
         help='timm\'s AutoAugment policy; "none" switches it off',
     )
-    aug.add("--smoothing", type=float, default=0.1, metavar="EPS", help="label smoothing")
-    aug.add("--train-interpolation", type=str, default="bicubic", metavar="NAME", help="random, bilinear or bicubic")
-    aug.add(
+    group.add("--smoothing", type=float, default=0.1, metavar="EPS", help="label smoothing")
+    group.add("--train-interpolation", type=str, default="bicubic", metavar="NAME", help="random, bilinear or bicubic")
+    group.add(
         "--repeated-aug",
         action="store_true",
+        default=True,
         help="each image three times an epoch, each time differently (the default)",
     )
-    aug.add("--no-repeated-aug", action="store_false", dest="repeated_aug", help="each image once an epoch")
-    parser.set_defaults(repeated_aug=True)
-    aug.add("--reprob", type=float, default=0.25, metavar="P", help="probability of random erasing")
-    aug.add(
+    group.add("--no-repeated-aug", action="store_false", dest="repeated_aug", help="each image once an epoch")
+    group.add("--reprob", type=float, default=0.25, metavar="P", help="probability of random erasing")
+    group.add(
         "--remode", type=str, default="pixel", metavar="MODE", help="what random erasing writes: const, rand or pixel"
     )
-    aug.add("--recount", type=int, default=1, metavar="N", help="rectangles that random erasing draws")
-    aug.add("--resplit", action="store_true", default=False, help="do not erase in the first augmentation split")
-    aug.add("--mixup", type=float, default=0.8, metavar="ALPHA", help="mixup alpha; 0 switches it off")
-    aug.add("--cutmix", type=float, default=1.0, metavar="ALPHA", help="cutmix alpha; 0 switches it off")
-    aug.add(
+    group.add("--recount", type=int, default=1, metavar="N", help="rectangles that random erasing draws")
+    group.add("--mixup", type=float, default=0.8, metavar="ALPHA", help="mixup alpha; 0 switches it off")
+    group.add("--cutmix", type=float, default=1.0, metavar="ALPHA", help="cutmix alpha; 0 switches it off")
+    group.add(
         "--cutmix-minmax",
         type=float,
         nargs="+",
@@ -205,23 +225,29 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="R",
         help="smallest and largest ratio of the cut; switches cutmix on and its alpha off",
     )
-    aug.add("--mixup-prob", type=float, default=1.0, metavar="P", help="probability of mixing a batch at all")
-    aug.add("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="probability of cutmix where both are on")
-    aug.add("--mixup-mode", type=str, default="batch", metavar="MODE", help="mix per batch, pair or elem")
+    group.add("--mixup-prob", type=float, default=1.0, metavar="P", help="probability of mixing a batch at all")
+    group.add("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="chance of cutmix where both are on")
+    group.add("--mixup-mode", type=str, default="batch", metavar="MODE", help="mix per batch, pair or elem")
 
-    distill = _Group(parser, "distillation", "Needs a student with a distillation token (deit_*_distilled_* of timm).")
-    distill.add(
+
+def _distillation(parser: argparse.ArgumentParser) -> None:
+    """A teacher, and how much it is listened to."""
+    group = _Group(parser, "distillation", "Needs a student with a distillation token (deit_*_distilled_* of timm).")
+    group.add(
         "--distillation-type", default="none", choices=["none", "soft", "hard"], type=str, help="none, soft or hard"
     )
-    distill.add("--teacher-model", default="regnety_160", type=str, metavar="NAME", help="any model of timm")
-    distill.add(
+    group.add("--teacher-model", default="regnety_160", type=str, metavar="NAME", help="any model of timm")
+    group.add(
         "--teacher-path", type=str, default="", metavar="FILE", help="the teacher's weights, as --resume reads them"
     )
-    distill.add("--distillation-alpha", default=0.5, type=float, metavar="A", help="weight of the distillation loss")
-    distill.add("--distillation-tau", default=1.0, type=float, metavar="T", help="temperature of the soft loss")
+    group.add("--distillation-alpha", default=0.5, type=float, metavar="A", help="weight of the distillation loss")
+    group.add("--distillation-tau", default=1.0, type=float, metavar="T", help="temperature of the soft loss")
 
-    data = _Group(parser, "data")
-    data.add(
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    """Where images come from, and how they are loaded."""
+    group = _Group(parser, "data")
+    group.add(
         "--data-path",
         default="/datasets01/imagenet_full_size/061417/",
         type=str,
@@ -230,7 +256,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "and val.tar (or .zip), or is one archive of both, none of them unpacked; for wds a folder of shards or its "
         "address (https://, gs://, hf://, or a command with {} for a file's name: 'pipe:aws s3 cp s3://bucket/{} -')",
     )
-    data.add(
+    group.add(
         "--data-set",
         default="IMNET100",
         type=str,
@@ -240,81 +266,85 @@ def get_args_parser() -> argparse.ArgumentParser:
         "as reproducible, but come in an order of their own, shard after shard, and the three views of --repeated-aug "
         "stay on one process (docs/data.md)",
     )
-    data.add(
+    group.add(
         "--shard-cache",
         default="",
         metavar="DIR",
         help="where fetched shards are kept, best a disk of this machine; left out: shards-<uid> in the temporary "
         "folder",
     )
-    data.add(
+    group.add(
         "--shard-cache-gb",
         type=float,
         default=64.0,
         metavar="GB",
         help="how much may be kept there before the oldest shards make room; give 2 or more for each process",
     )
-    data.add(
+    group.add(
         "--inat-category",
         default="name",
         type=str,
         help="level of iNaturalist's labels",
         choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"],
     )
-    data.add(
+    group.add(
         "--num_workers", default=10, type=int, metavar="N", help="loader processes; their number changes no result"
     )
-    data.add("--pin-mem", action="store_true", help="page-locked host memory for faster copies to a GPU (the default)")
-    data.add("--no-pin-mem", action="store_false", dest="pin_mem", help="ordinary memory")
-    parser.set_defaults(pin_mem=True)
-    data.add(
+    group.add(
+        "--pin-mem", action="store_true", default=True, help="page-locked memory: faster copies to a GPU (the default)"
+    )
+    group.add("--no-pin-mem", action="store_false", dest="pin_mem", help="ordinary memory")
+    group.add(
         "--fast-loader",
         action="store_true",
+        default=True,
         help="decode only what a crop needs, resize with torch, normalise and erase on the device (the default): the "
         "plain loader's draws and distribution, 1.5 times its images/s (docs/performance.md)",
     )
-    data.add(
+    group.add(
         "--no-fast-loader",
         action="store_false",
         dest="fast_loader",
-        help="the plain loader: Pillow and floats all the way; pixels differ by a level of 255 here and there",
+        help="the plain loader: Pillow's resize, float batches; 0.4%% of the pixel values differ, by one level of 255",
     )
-    parser.set_defaults(fast_loader=True)
-    data.add(
+    group.add(
         "--eval-crop-ratio",
         type=float,
         default=None,
         metavar="R",
         help="share of the resized image that evaluation keeps; left out: the model's own (DeiT 224/256, CaiT 1)",
     )
-    data.add(
+    group.add(
         "--skip-bad-images", type=int, default=0, metavar="N", help="unreadable images to leave out before stopping"
     )
-    data.add("--download", action="store_true", help="fetch CIFAR, CIFAR10 or FMNIST into --data-path")
+    group.add("--download", action="store_true", help="fetch CIFAR, CIFAR10 or FMNIST into --data-path")
 
-    run = _Group(parser, "run")
-    run.add(
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    """Device, precision, seed, and what is written."""
+    group = _Group(parser, "run")
+    group.add(
         "--output_dir",
         default="",
         metavar="DIR",
         help="checkpoints, log.txt and TensorBoard files go here; empty: nothing is written",
     )
-    run.add("--device", default="auto", metavar="NAME", help="auto (CUDA where there is one, else CPU), cuda or cpu")
-    run.add(
+    group.add("--device", default="auto", metavar="NAME", help="auto (CUDA where there is one, else CPU), cuda or cpu")
+    group.add(
         "--amp-dtype",
         default=None,
         choices=["float16", "bfloat16", "float32"],
         help="precision of the forward pass; left out: float16 with loss scaling on CUDA, float32 on CPU",
     )
-    run.add("--seed", default=0, type=int, metavar="N", help="every random draw of a run follows from it")
-    run.add(
+    group.add("--seed", default=0, type=int, metavar="N", help="every random draw of a run follows from it")
+    group.add(
         "--print-freq",
         default=10,
         type=int,
         metavar="N",
         help="steps between console lines, and between checks that the loss is finite",
     )
-    run.add(
+    group.add(
         "--spectrum-every",
         default=0,
         type=int,
@@ -322,30 +352,33 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="every N epochs, log how smooth the features are by layer (spectrum_* in log.txt, TensorBoard); 0: never",
     )
 
-    files = _Group(parser, "checkpoints")
-    files.add(
+
+def _checkpoints(parser: argparse.ArgumentParser) -> None:
+    """Where a run starts, and what it keeps."""
+    group = _Group(parser, "checkpoints")
+    group.add(
         "--auto_reload",
         action="store_true",
         help="continue from the newest good checkpoint in --output_dir, if there is one; it wins over --resume",
     )
-    files.add(
+    group.add(
         "--resume",
         default="",
         metavar="FILE",
         help="a whole training state to continue, or weights to start from: a .pth or .safetensors file, its URL, or "
         "hf-hub:owner/name[@revision][/file] on the Hugging Face Hub (docs/weights.md)",
     )
-    files.add(
+    group.add(
         "--finetune",
         default="",
         metavar="FILE",
         help="weights to start from; another class count or image size is adapted to",
     )
-    files.add(
+    group.add(
         "--start_epoch", default=0, type=int, metavar="N", help="first epoch, where no training state says otherwise"
     )
-    files.add("--keep-checkpoints", type=int, default=0, metavar="N", help="keep the last N epochs' checkpoints too")
-    files.add(
+    group.add("--keep-checkpoints", type=int, default=0, metavar="N", help="keep the last N epochs' checkpoints too")
+    group.add(
         "--checkpoint-steps",
         type=int,
         default=0,
@@ -353,31 +386,34 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="also save every N steps within an epoch; 0: only at its end",
     )
 
-    evaluation = _Group(parser, "evaluation")
-    evaluation.add("--eval", action="store_true", help="evaluate --resume (or --finetune) and leave")
-    evaluation.add("--eval-ema", action="store_true", help="evaluate the EMA of the weights too")
-    evaluation.add("--throughput", action="store_true", help="measure images/s of the forward pass and leave")
-    evaluation.add(
-        "--dist-eval",
-        action="store_true",
-        default=False,
-        help="kept for old scripts: evaluation is always shared among the processes, exactly",
-    )
-    evaluation.add(
-        "--no-dist-eval", action="store_false", dest="shard_eval", help="let every process evaluate everything"
-    )
-    parser.set_defaults(shard_eval=True)
 
-    dist = _Group(parser, "processes", "Rank and world size come from torchrun, torch.distributed.launch or Slurm.")
-    dist.add(
-        "--world_size", default=1, type=int, metavar="N", help="kept for old scripts: the launcher's value is used"
-    )
-    dist.add("--dist_url", default="env://", metavar="URL", help="rendezvous of the processes")
-    dist.add("--dist-timeout", default=600, type=int, metavar="SECONDS", help="when to give up on a silent process")
-    dist.add(
+def _evaluation(parser: argparse.ArgumentParser) -> None:
+    """Evaluation without training."""
+    group = _Group(parser, "evaluation")
+    group.add("--eval", action="store_true", help="evaluate --resume (or --finetune) and leave")
+    group.add("--eval-ema", action="store_true", help="evaluate the EMA of the weights too")
+    group.add("--throughput", action="store_true", help="measure images/s of the forward pass and leave")
+    group.add("--no-dist-eval", action="store_false", dest="shard_eval", help="let every process evaluate everything")
+
+
+def _processes(parser: argparse.ArgumentParser) -> None:
+    """How processes find one another."""
+    group = _Group(parser, "processes", "Rank and world size come from torchrun, torch.distributed.launch or Slurm.")
+    group.add("--dist_url", default="env://", metavar="URL", help="rendezvous of the processes")
+    group.add("--dist-timeout", default=600, type=int, metavar="SECONDS", help="when to give up on a silent process")
+    group.add(
         "--local-rank", type=int, default=None, help=argparse.SUPPRESS
     )  # torch.distributed.launch without --use_env
-    return parser
+
+
+def _without_effect(parser: argparse.ArgumentParser) -> None:
+    """Flags of the paper's code that old scripts may pass."""
+    group = _Group(parser, "without effect", "Accepted, so that scripts written for DeiT's main.py run as they are.")
+    group.add("--world_size", default=1, type=int, metavar="N", help="the launcher's value is used")
+    group.add("--dist-eval", action="store_true", help="evaluation is always shared among the processes, exactly")
+    group.add("--cooldown-epochs", type=int, default=10, metavar="N", help="--epochs is the whole length of a run")
+    group.add("--patience-epochs", type=int, default=10, metavar="N", help="of the plateau schedule, which is refused")
+    group.add("--resplit", action="store_true", help="of augmentation splits, which this recipe does not have")
 
 
 class ArgumentError(ValueError):

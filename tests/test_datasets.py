@@ -324,7 +324,8 @@ def test_classes_are_counted_from_the_tree(tree: Path, data_set: str) -> None:
 
 
 def test_options_come_from_the_flags_that_a_command_has() -> None:
-    main, other = get_args_parser().parse_args(["--aa", "none"]), Namespace(data_path="photos", seed=3)
+    words = ["--aa", "none", "--data-set", "IMNET", "--data-path", ""]
+    main, other = get_args_parser().parse_args(words), Namespace(data_path="photos", seed=3)
     assert DataOptions.from_args(main) == DataOptions(aa="none")  # so the defaults are main.py's
     assert DataOptions.from_args(other) == DataOptions(data_path="photos")
 
