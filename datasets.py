@@ -11,7 +11,9 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import struct
+import tempfile
 import warnings
 import zlib
 from argparse import Namespace
@@ -25,10 +27,12 @@ import numpy as np
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.data.transforms import str_to_interp_mode
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, DatasetFolder, FashionMNIST, ImageFolder, VisionDataset
 from torchvision.datasets.folder import find_classes
+from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from readers import archives, shards
 from readers.archives import DataError, Member
@@ -313,22 +317,23 @@ class FlatFashionMNIST(VisionDataset):
     def __init__(self, root: str | Path, train: bool, transform: Callable | None = None) -> None:
         super().__init__(root, transform=transform)
         prefix = "train" if train else "t10k"
-        self.data = self._read(f"{prefix}-images-idx3-ubyte", header=16).reshape(-1, 28, 28)
-        self.targets = self._read(f"{prefix}-labels-idx1-ubyte", header=8).tolist()
+        self.data = self._read(f"{prefix}-images-idx3-ubyte", read_image_file).numpy()
+        self.targets = self._read(f"{prefix}-labels-idx1-ubyte", read_label_file).tolist()
         if len(self.data) != len(self.targets):
             raise DataError(f"--data-path {root}: {len(self.data)} images of {prefix} have {len(self.targets)} labels")
 
-    def _read(self, name: str, header: int) -> np.ndarray:
+    def _read(self, name: str, reader: Callable[[str], Tensor]) -> Tensor:
         path = fashion_mnist_file(Path(self.root), name)
+        opener = gzip.open if path.suffix == ".gz" else open
         try:
-            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"--data-path: cannot read {path} ({error}): fetch it again") from error
-        values = np.frombuffer(content, dtype=np.uint8, offset=min(header, len(content)))
-        # The big-endian header holds a magic number and then the sizes of all dimensions.
-        if len(content) < header or np.prod(struct.unpack(f">{header // 4 - 1}I", content[4:header])) != len(values):
-            raise DataError(f"--data-path: {path} is cut short or not in IDX format: fetch it again")
-        return values
+            with opener(path, "rb") as source, tempfile.NamedTemporaryFile() as plain:  # torchvision reads no .gz
+                shutil.copyfileobj(source, plain)
+                plain.flush()
+                return reader(plain.name)
+        except (OSError, EOFError, zlib.error, AssertionError, RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"--data-path: {path} is cut short or not in IDX format ({type(error).__name__}): fetch it again"
+            ) from error
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = Image.fromarray(self.data[index])
