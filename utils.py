@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, TypeVar
@@ -99,6 +100,7 @@ def process_group(device: str = "auto", dist_url: str = "env://", timeout_s: int
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if world.distributed:
+        _rest_before_every_fork()
         _join(world, dist_url, timeout_s)
     try:
         yield world
@@ -108,16 +110,18 @@ def process_group(device: str = "auto", dist_url: str = "env://", timeout_s: int
 
 
 def _rest_before_fork() -> None:
-    """Lets the process group's threads come to rest before a loader process is forked.
+    """Waits until the process group's threads are idle before a loader process is forked.
 
-    They enter Python to release a collective's tensor; the child of a fork at just that moment waits for ever, for a
-    lock whose owner it does not have (seen with Python 3.11: a run that hung before its first evaluation).
+    They enter Python to release a collective's tensor. The child of a fork at that moment waits for ever for a lock
+    whose owner it does not have (seen with Python 3.11: a run that hung before its first evaluation).
     """
     if dist.is_initialized():
         time.sleep(0.05)
 
 
-os.register_at_fork(before=_rest_before_fork)
+@cache  # a hook cannot be removed again: one, however often this process joins a group
+def _rest_before_every_fork() -> None:
+    os.register_at_fork(before=_rest_before_fork)
 
 
 def launcher_rank() -> int:

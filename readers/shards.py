@@ -6,7 +6,8 @@ A local folder is read in place, in the order of the keys: to the rest of the pr
 
 A remote one (``https://``, ``gs://``, ``hf://`` or ``pipe:``, whatever ``webdataset.gopen`` opens) is read
 shard after shard: whole shards are fetched into a cache that the processes of a machine share, some ahead of need, and
-the oldest make room. ``samplers.ShardSampler`` draws an order that asks for them in turn.
+the oldest make room. ``samplers.ShardSampler`` draws an order that asks for them in turn. webdataset is imported only
+to open an address or to index a shard.
 """
 
 import errno
@@ -32,8 +33,6 @@ from urllib.parse import quote
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from webdataset.gopen import gopen, gopen_schemes
-from webdataset.tariterators import base_plus_ext
 
 from . import archives
 from .archives import DataError, Member, Members
@@ -83,14 +82,8 @@ def read_info(root: str) -> tuple[dict[str, Any], str]:
     """
     if root.startswith("pipe:") and "{}" not in root:
         raise DataError(f"--data-path {root!r}: put {{}} where the command takes a file's name")
-    scheme = root.partition(":")[0]
-    if is_remote(root) and scheme not in gopen_schemes:
-        known = ", ".join(sorted(name for name in gopen_schemes if name not in ("pipe", "__default__")))
-        raise DataError(
-            f"--data-path {root}: {scheme}:// cannot be opened, only {known}, and what a command writes: "
-            "'pipe:aws s3 cp s3://bucket/{} -'"
-        )
     if is_remote(root):
+        _check_scheme(root)
         _logger.info(f"reading the index of the shards at {root}")
     problems = []
     for name in INFO_NAMES:
@@ -113,6 +106,18 @@ def read_info(root: str) -> tuple[dict[str, Any], str]:
     )
 
 
+def _check_scheme(root: str) -> None:
+    from webdataset.gopen import gopen_schemes
+
+    scheme = root.partition(":")[0]
+    if scheme not in gopen_schemes:
+        known = ", ".join(sorted(name for name in gopen_schemes if name not in ("pipe", "__default__")))
+        raise DataError(
+            f"--data-path {root}: {scheme}:// cannot be opened, only {known}, and what a command writes: "
+            "'pipe:aws s3 cp s3://bucket/{} -'"
+        )
+
+
 def _reason(error: OSError) -> str:
     """What went wrong, without the command line that ``gopen`` says it with."""
     code = re.search(r"exit (-?\d+)", str(error))
@@ -122,6 +127,8 @@ def _reason(error: OSError) -> str:
 def _read(url: str) -> bytes:
     if not is_remote(url):
         return Path(url).read_bytes()
+    from webdataset.gopen import gopen
+
     with gopen(url, "rb") as stream:
         return stream.read()
 
@@ -165,6 +172,8 @@ def scan_shard(path: str, number: int = 0) -> np.ndarray:
     Raises:
         DataError: If it is no shard: a sample lacks its image or its class.
     """
+    from webdataset.tariterators import base_plus_ext
+
     samples: dict[str, dict[str, archives.TarEntry]] = {}
     for entry in archives.tar_entries(path):
         key, extension = base_plus_ext(entry.name)
@@ -362,6 +371,8 @@ def _to_disk(file: IO) -> None:
 
 
 def _download(url: str, target: Path) -> None:
+    from webdataset.gopen import gopen
+
     for attempt in range(ATTEMPTS):
         try:
             with gopen(url, "rb") as stream, open(target, "wb") as file:

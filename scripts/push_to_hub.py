@@ -177,7 +177,7 @@ def model_card(
     ours = name in models.list_models()
     usage = [
         "import timm",
-        *(["import models  # the folder of the training repository: registers its models with timm"] if ours else []),
+        *(["import oversmoothing.zoo  # registers the models (install the training repository)"] if ours else []),
         f'model = timm.create_model("hf-hub:{repository}", pretrained=True).eval()',
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)",
     ]
@@ -186,7 +186,7 @@ def model_card(
         f"`{name}`, {sum(p.numel() for p in model.parameters()):,} parameters ({lambdas:,} of them the remedy's), "
         f"{model.num_classes} classes, {size} px, trained on {dataset}"
         + (", from other weights (`--finetune`)." if trained.get("finetune") else "."),
-        "AttnScale and FeatScale keep deep vision transformers from over-smoothing "
+        "AttnScale and FeatScale counter over-smoothing in deep vision transformers "
         "([arXiv 2203.05962](https://arxiv.org/abs/2203.05962)).",
         "## Use",
         "```python\n" + "\n".join(usage) + "\n```",

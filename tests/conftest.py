@@ -1,14 +1,18 @@
-"""What several test files need: the golden numbers, small models, a fixed seed."""
+"""What several test files need: the golden numbers, small models, a fixed seed, the installed library."""
 
 import importlib.util
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT.parent / "shared" / "golden"
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7)
 
 
@@ -42,3 +46,21 @@ def golden_rules() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds what ``pip install .`` installs and nothing else: on ``PYTHONPATH`` it is the library."""
+    folder = tmp_path_factory.mktemp("library")
+    source, library = folder / "source", folder / "installed"
+    wanted = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "data", "docs", "logs", "tests")
+    shutil.copytree(ROOT, source, ignore=wanted)  # setuptools writes into its source
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir", "--quiet"]
+    offline = ["--no-deps", "--no-index"]
+    for step in (
+        ["wheel", str(source), "--no-build-isolation", "--wheel-dir", str(folder)],
+        ["install", str(folder / "vit_anti_oversmoothing-1.0.0-py3-none-any.whl"), "--target", str(library)],
+    ):
+        done = subprocess.run([*pip, *step, *offline], capture_output=True, text=True, cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return library

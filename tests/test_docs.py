@@ -182,7 +182,8 @@ def copy_code(folder: Path) -> None:
     """The repository's code, to be changed by a page that says so."""
     for file in ROOT.glob("*.py"):
         shutil.copy(file, folder)
-    shutil.copytree(ROOT / "models", folder / "models", ignore=shutil.ignore_patterns("__pycache__"))
+    for package in ("models", "oversmoothing", "readers"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def apply_diff(file: Path, text: str) -> None:
@@ -237,12 +238,13 @@ def assert_printed(promised: str, printed: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_can_be_followed(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_can_be_followed(page: Path, folder: Path, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python blocks have the installed library alone, or the page's own copy of the code if the page changes that."""
     monkeypatch.setenv("HOME", str(folder))
     own_code = folder if file_blocks(page) else None
     printed = ""
     script = python_script(page) if page.name not in PYTHON_ELSEWHERE else ""
-    if script or own_code:
+    if own_code:
         copy_code(folder)
     for name, text in file_blocks(page).items():
         (folder / name).write_text(text)
@@ -253,7 +255,7 @@ def test_a_page_can_be_followed(page: Path, folder: Path, monkeypatch: pytest.Mo
         shutil.rmtree(folder / written, ignore_errors=True)  # the page makes it
     for block in blocks(page):
         if block.language == "python" and script and block.text in script:
-            printed, script = run_python(["-"], script), ""
+            printed, script = run_python(["-"], script, PYTHONPATH=str(own_code or installed)), ""
         elif block.language == "bash":
             runs = [command for command in commands(block.text) if not reason_not_to_run(command)]
             printed = "".join(run(*program_and_flags(os.path.expandvars(c)), in_folder=own_code) for c in runs)

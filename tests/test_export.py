@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from runs import ROOT, TINY, call_main, tiny_tree
+from runs import ROOT, TINY, call_main, environment, tiny_tree
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision import transforms
@@ -243,9 +243,9 @@ def test_onnx_without_its_packages_is_one_line(
 # ---- as a user -------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_the_page_works_as_printed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, installed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Its commands beside a folder ``logs/digits``, then its code, which imports timm and the zoo only at its end."""
+    """Its commands beside a folder ``logs/digits``, then its code, which has nothing but the installed library."""
     page = PAGE.read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", page.replace("\\\n", " "), re.S)
     commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
@@ -264,13 +264,13 @@ def test_the_page_works_as_printed(
     noise = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "cat.jpg")
     prepare, onnxruntime_alone, torch_alone, with_timm = re.findall(r"```python\n(.*?)```", page, re.S)
-    alone = "import sys\nassert not {'timm', 'models'} & set(sys.modules)\n"
-    path = str(ROOT / "scripts" / "export.py")  # run from another folder; it puts the zoo on the path
-    script = f"import runpy\nsys.argv = {commands[0][1:]}\nrunpy.run_path({path!r}, None, '__main__')\n"
-    code = prepare + onnxruntime_alone + torch_alone + alone + script + with_timm
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    alone = "import sys\nassert not {'timm', 'oversmoothing'} & set(sys.modules)\n"
+    export.main(commands[0][2:])  # model.json is that of the file exported last
+    assert "wrote model.safetensors and model.json\nchecked: its model weights equal" in capsys.readouterr().out
+    code = prepare + onnxruntime_alone + torch_alone + alone + with_timm
+    env = environment(PYTHONPATH=str(installed))
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "wrote model.safetensors and model.json\nchecked: its model weights equal" in done.stdout
     predicted = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     classes = [re.findall(r"\d+", predicted[kind]) for kind in ("onnx", "pt2", "safetensors")]
     assert len(classes[0]) == 1 and classes[0] == classes[1] == classes[2]

@@ -13,6 +13,18 @@ from test_docs import python_script
 # The state of a session that an import must not touch; what libraries do themselves (scikit-learn's OpenMP) is theirs.
 LOOK = """
 import json, logging, os, random, signal, sys, threading
+
+fork_hooks, register = [], os.register_at_fork
+
+
+def record(**hooks):
+    file = sys._getframe(1).f_code.co_filename
+    if "/lib/python" not in file:  # libraries have theirs
+        fork_hooks.append(file)
+    register(**hooks)
+
+
+os.register_at_fork = record
 import matplotlib, numpy, sklearn.datasets, timm, torch, torchvision, torch.utils.tensorboard
 
 
@@ -30,6 +42,7 @@ def state():
         "defaults": [str(torch.get_default_dtype()), torch.is_grad_enabled()],
         "environment": dict(os.environ),
         "folder": [os.getcwd(), sorted(os.listdir())],
+        "fork hooks": list(fork_hooks),
     }
 
 
@@ -52,9 +65,11 @@ def run(script: str, folder: Path) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_imports_change_nothing(tmp_path: Path) -> None:
-    modules = [file.stem for file in ROOT.glob("*.py")] + ["models"]
-    modules += [f"scripts.{file.stem}" for file in (ROOT / "scripts").glob("*.py") if file.stem != "__init__"]
-    assert {"main", "build", "engine", "datasets", "spectrum", "probe", "reporting", "checkpoints"} < set(modules)
+    modules = [file.stem for file in ROOT.glob("*.py")]
+    for package in ("models", "oversmoothing", "readers", "scripts"):
+        files = (file.relative_to(ROOT).with_suffix("") for file in (ROOT / package).rglob("*.py"))
+        modules += [".".join(part for part in file.parts if part != "__init__") for file in files]
+    assert {"main", "datasets", "models.deit", "oversmoothing.analysis.report", "readers.shards"} < set(modules)
     imports = f"sys.path.insert(0, {str(ROOT)!r})\n" + "".join(f"import {name}\n" for name in sorted(modules))
     done = run(LOOK + imports + COMPARE, tmp_path)
     assert json.loads(done.stdout) == [] and done.stderr == ""
@@ -71,8 +86,9 @@ assert len(report["token_similarity"]) == len(responses) == 12 and responses[0].
 assert len(plt.get_fignums()) == 2
 print("checked")
 """
-    left = {"backend", "random", "numpy", "torch"}  # figures were drawn, seeds were set
+    left = {"backend", "random", "numpy", "torch", "folder"}  # figures were drawn, seeds set, analysis/ written
     done = run(LOOK + python_script(ROOT / "docs" / "notebook.md") + check + COMPARE, tmp_path)
     *_, checked, changed = done.stdout.splitlines()
     assert checked == "checked" and set(json.loads(changed)) <= left, changed
-    assert os.listdir(tmp_path) == ["data"]
+    assert sorted(os.listdir(tmp_path)) == ["analysis", "data"]
+    assert (tmp_path / "analysis" / "report.html").stat().st_size > 100_000

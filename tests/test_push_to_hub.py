@@ -176,7 +176,7 @@ def test_a_model_of_timm_needs_no_import_and_an_unmeasured_file_claims_nothing(h
     push("hf-hub:ann/old", "ann/tiny", "--dry-run", tmp_path / "again", "--model-kwargs",
          *(f"{key}={value}" for key, value in SIZE.items()))  # fmt: skip
     assert "Not recorded." in (tmp_path / "again" / "README.md").read_text()
-    assert "import models" not in card.text and "trained on 10 classes of ImageNet-1k" in card.text
+    assert "oversmoothing.zoo" not in card.text and "trained on 10 classes of ImageNet-1k" in card.text
     assert card.data.eval_results is None and card.data.datasets is None
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert card.data.license == config["pretrained_cfg"]["license"] == "cc0-1.0"
