@@ -69,6 +69,10 @@ NOT_RUN = {
     ),
     r"python scripts/prepare_imagenet\.py": "tests/test_prepare.py::test_imagenet_becomes_an_image_folder",
     r"python scripts/prepare_wds\.py --index": "tests/test_prepare_wds.py",
+    r"pip install \.": "tests/test_layout.py::test_the_installed_library_works_beside_a_users_own_modules",
+    r"python scripts/analyze\.py .*--pretrained": (
+        "downloads weights; with checkpoints: tests/test_analyze.py::test_the_script_reports_two_models"
+    ),
     r"python main\.py .*(https:|pipe:aws)": "needs the network; from a local server: tests/test_shards.py",
     r"tar -cf|\(cd ": "tests/test_archives.py",
     r"python main\.py .*imagenet\.(tar|zip)": "tests/test_archives.py",
