@@ -153,7 +153,7 @@ def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: 
             "augmentation and the scaled learning rate differ from the uninterrupted run"
         )
     if step and {"world_size", "batch_size", "grad_accum"} & changed.keys():
-        _logger.warning(f"epoch {epoch} begins again: its first {step} batches were cut differently")
+        _logger.warning(f"epoch {epoch} starts again: its first {step} batches held other images")
         step = 0
     if step:
         meters = saved["meters"][str(world.rank)]

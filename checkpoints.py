@@ -243,7 +243,7 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise SetupError(
-            f"--output_dir {folder}: writing failed ({error.strerror}); earlier checkpoints are untouched: mend that "
+            f"--output_dir {folder}: writing failed ({error.strerror}); earlier checkpoints are untouched: fix that "
             "(free some space), then the same command with --auto_reload continues"
         ) from error
 

@@ -170,7 +170,7 @@ def _explain_image_errors(path: File) -> Iterator[None]:
         except IMAGE_ERRORS as error:
             raise BadImageError(
                 f"cannot read image {path} ({type(error).__name__}: {error}): repair or remove it, "
-                "or pass --skip-bad-images N to go on without up to N such images"
+                "or pass --skip-bad-images N to skip up to N such images"
             ) from error
 
 

@@ -85,7 +85,7 @@ def measure_throughput(args: argparse.Namespace, model: nn.Module, world: World,
 
 
 def cli() -> int:
-    """Runs :func:`main`; turns what a user can mend into one clear line and an exit code (see ``utils.EXIT_*``)."""
+    """Runs :func:`main`; turns what a user can fix into one clear line and an exit code (see ``utils.EXIT_*``)."""
     rank = utils.launcher_rank()
     try:
         main(get_args_parser().parse_args())

@@ -76,14 +76,14 @@ def _model(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="any model of this zoo or of timm; --list-models prints the zoo",
     )
-    group.add("--list-models", action="store_true", help="print the names of this zoo and leave")
+    group.add("--list-models", action="store_true", help="print the names of this zoo and exit")
     group.add("--input-size", default=224, type=int, metavar="PX", help="side of the square input image, in pixels")
     group.add(
         "--num-classes",
         default=None,
         type=int,
         metavar="N",
-        help="classes of the head; left out: counted from the data set",
+        help="classes of the head; default: counted from the data set",
     )
     group.add(
         "--model-kwargs",
@@ -110,9 +110,9 @@ def _model(parser: argparse.ArgumentParser) -> None:
     group.add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass")
     group.add("--torchcompile", action="store_true", help="run the model through torch.compile")
     group.add("--model-ema", action="store_true", default=True, help="keep an EMA of the weights (the default)")
-    group.add("--no-model-ema", action="store_false", dest="model_ema", help="keep none")
+    group.add("--no-model-ema", action="store_false", dest="model_ema", help="keep no EMA")
     group.add("--model-ema-decay", type=float, default=0.99996, metavar="D", help="decay of the EMA, per step")
-    group.add("--model-ema-force-cpu", action="store_true", default=False, help="keep it in host memory")
+    group.add("--model-ema-force-cpu", action="store_true", default=False, help="keep the EMA in host memory")
 
 
 def _optimizer(parser: argparse.ArgumentParser) -> None:
@@ -130,14 +130,14 @@ def _optimizer(parser: argparse.ArgumentParser) -> None:
     group.add("--opt", default="adamw", type=str, metavar="NAME", help="any optimizer of timm")
     group.add("--opt-eps", default=1e-8, type=float, metavar="EPS", help="epsilon of the optimizer")
     group.add(
-        "--opt-betas", default=None, type=float, nargs="+", metavar="B", help="betas; left out: the optimizer's own"
+        "--opt-betas", default=None, type=float, nargs="+", metavar="B", help="betas; default: the optimizer's own"
     )
     group.add(
         "--clip-grad",
         type=float,
         default=None,
         metavar="NORM",
-        help="clip the gradient's global norm; left out or 0: no clipping",
+        help="clip the gradient's global norm; 0 (the default): no clipping",
     )
     group.add("--momentum", type=float, default=0.9, metavar="M", help="momentum of SGD-like optimizers")
     group.add(
@@ -169,8 +169,8 @@ def _learning_rate(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=None,
         metavar="D",
-        help="for fine-tuning: each layer learns at D times the rate of the one above it, the head at the full rate "
-        "(0.65 to 0.75 are usual); left out: one rate for all",
+        help="for fine-tuning: each layer's learning rate is D times that of the layer above it, up to the head's "
+        "(0.65 to 0.75 are usual); default: one learning rate for all",
     )
     group.add("--sched", default="cosine", type=str, metavar="NAME", help=f"one of {', '.join(SCHEDULES)}")
     group.add(
@@ -212,7 +212,7 @@ def _augmentation(parser: argparse.ArgumentParser) -> None:
     group.add("--no-repeated-aug", action="store_false", dest="repeated_aug", help="each image once an epoch")
     group.add("--reprob", type=float, default=0.25, metavar="P", help="probability of random erasing")
     group.add(
-        "--remode", type=str, default="pixel", metavar="MODE", help="what random erasing writes: const, rand or pixel"
+        "--remode", type=str, default="pixel", metavar="MODE", help="what random erasing fills in: const, rand or pixel"
     )
     group.add("--recount", type=int, default=1, metavar="N", help="rectangles that random erasing draws")
     group.add("--mixup", type=float, default=0.8, metavar="ALPHA", help="mixup alpha; 0 switches it off")
@@ -231,7 +231,7 @@ def _augmentation(parser: argparse.ArgumentParser) -> None:
 
 
 def _distillation(parser: argparse.ArgumentParser) -> None:
-    """A teacher, and how much it is listened to."""
+    """A teacher, and the weight of its loss."""
     group = _Group(parser, "distillation", "Needs a student with a distillation token (deit_*_distilled_* of timm).")
     group.add(
         "--distillation-type", default="none", choices=["none", "soft", "hard"], type=str, help="none, soft or hard"
@@ -253,8 +253,8 @@ def _data(parser: argparse.ArgumentParser) -> None:
         type=str,
         metavar="DIR",
         help="folder of the data set; for ImageNet and FOLDER it holds train/<class>/ and val/<class>/, or train.tar "
-        "and val.tar (or .zip), or is one archive of both, none of them unpacked; for wds a folder of shards or its "
-        "address (https://, gs://, hf://, or a command with {} for a file's name: 'pipe:aws s3 cp s3://bucket/{} -')",
+        "and val.tar (or .zip), or is one archive of both, read in place; for wds a folder of shards or its "
+        "URL (https://, gs://, hf://, or a command with {} for the file name: 'pipe:aws s3 cp s3://bucket/{} -')",
     )
     group.add(
         "--data-set",
@@ -262,23 +262,22 @@ def _data(parser: argparse.ArgumentParser) -> None:
         type=str,
         choices=["CIFAR", "IMNET", "IMNET100", "INAT", "INAT19", "CIFAR10", "FMNIST", "FOLDER", "wds"],
         help="kind of data set; CIFAR is CIFAR-100, FOLDER any tree of images with one folder a class, wds WebDataset "
-        "shards (scripts/prepare_wds.py): local ones give the bits of the tree they were made from; remote ones are "
-        "as reproducible, but come in an order of their own, shard after shard, and the three views of --repeated-aug "
-        "stay on one process (docs/data.md)",
+        "shards (scripts/prepare_wds.py): local ones give the same run as the tree they were made from, bit for bit; "
+        "remote ones are as reproducible, but have an order of their own, and the three views of --repeated-aug stay "
+        "on one process (docs/data.md)",
     )
     group.add(
         "--shard-cache",
         default="",
         metavar="DIR",
-        help="where fetched shards are kept, best a disk of this machine; left out: shards-<uid> in the temporary "
-        "folder",
+        help="cache of downloaded shards, preferably on a local disk; default: shards-<uid> in the temporary folder",
     )
     group.add(
         "--shard-cache-gb",
         type=float,
         default=64.0,
         metavar="GB",
-        help="how much may be kept there before the oldest shards make room; give 2 or more for each process",
+        help="size of that cache; the least recently used shards are removed; give 2 or more for each process",
     )
     group.add(
         "--inat-category",
@@ -312,11 +311,9 @@ def _data(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=None,
         metavar="R",
-        help="share of the resized image that evaluation keeps; left out: the model's own (DeiT 224/256, CaiT 1)",
+        help="share of the resized image that evaluation keeps; default: the model's own (DeiT 224/256, CaiT 1)",
     )
-    group.add(
-        "--skip-bad-images", type=int, default=0, metavar="N", help="unreadable images to leave out before stopping"
-    )
+    group.add("--skip-bad-images", type=int, default=0, metavar="N", help="unreadable images to skip before stopping")
     group.add("--download", action="store_true", help="fetch CIFAR, CIFAR10 or FMNIST into --data-path")
 
 
@@ -329,14 +326,14 @@ def _run(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="checkpoints, log.txt and TensorBoard files go here; empty: nothing is written",
     )
-    group.add("--device", default="auto", metavar="NAME", help="auto (CUDA where there is one, else CPU), cuda or cpu")
+    group.add("--device", default="auto", metavar="NAME", help="auto (CUDA if there is a GPU, else CPU), cuda or cpu")
     group.add(
         "--amp-dtype",
         default=None,
         choices=["float16", "bfloat16", "float32"],
-        help="precision of the forward pass; left out: float16 with loss scaling on CUDA, float32 on CPU",
+        help="precision of the forward pass; default: float16 with loss scaling on CUDA, float32 on CPU",
     )
-    group.add("--seed", default=0, type=int, metavar="N", help="every random draw of a run follows from it")
+    group.add("--seed", default=0, type=int, metavar="N", help="seed of every random draw of a run")
     group.add(
         "--print-freq",
         default=10,
@@ -359,7 +356,7 @@ def _checkpoints(parser: argparse.ArgumentParser) -> None:
     group.add(
         "--auto_reload",
         action="store_true",
-        help="continue from the newest good checkpoint in --output_dir, if there is one; it wins over --resume",
+        help="continue from the newest valid checkpoint in --output_dir, if there is one, even if --resume is given",
     )
     group.add(
         "--resume",
@@ -372,10 +369,10 @@ def _checkpoints(parser: argparse.ArgumentParser) -> None:
         "--finetune",
         default="",
         metavar="FILE",
-        help="weights to start from; another class count or image size is adapted to",
+        help="weights to start from; head and position embeddings are adapted to another class count or image size",
     )
     group.add(
-        "--start_epoch", default=0, type=int, metavar="N", help="first epoch, where no training state says otherwise"
+        "--start_epoch", default=0, type=int, metavar="N", help="first epoch, unless a training state says otherwise"
     )
     group.add("--keep-checkpoints", type=int, default=0, metavar="N", help="keep the last N epochs' checkpoints too")
     group.add(
@@ -390,17 +387,23 @@ def _checkpoints(parser: argparse.ArgumentParser) -> None:
 def _evaluation(parser: argparse.ArgumentParser) -> None:
     """Evaluation without training."""
     group = _Group(parser, "evaluation")
-    group.add("--eval", action="store_true", help="evaluate --resume (or --finetune) and leave")
+    group.add("--eval", action="store_true", help="evaluate --resume (or --finetune) and exit")
     group.add("--eval-ema", action="store_true", help="evaluate the EMA of the weights too")
-    group.add("--throughput", action="store_true", help="measure images/s of the forward pass and leave")
+    group.add("--throughput", action="store_true", help="measure images/s of the forward pass and exit")
     group.add("--no-dist-eval", action="store_false", dest="shard_eval", help="let every process evaluate everything")
 
 
 def _processes(parser: argparse.ArgumentParser) -> None:
-    """How processes find one another."""
+    """How processes find each other."""
     group = _Group(parser, "processes", "Rank and world size come from torchrun, torch.distributed.launch or Slurm.")
     group.add("--dist_url", default="env://", metavar="URL", help="rendezvous of the processes")
-    group.add("--dist-timeout", default=600, type=int, metavar="SECONDS", help="when to give up on a silent process")
+    group.add(
+        "--dist-timeout",
+        default=600,
+        type=int,
+        metavar="SECONDS",
+        help="how long to wait for a process that does not answer",
+    )
     group.add(
         "--local-rank", type=int, default=None, help=argparse.SUPPRESS
     )  # torch.distributed.launch without --use_env

@@ -113,7 +113,7 @@ def watch_spectrum(model: nn.Module, name: str, dataset: Dataset, every: int) ->
     try:
         probe.find_layers(model)
     except probe.UnsupportedModelError as error:
-        _logger.warning(f"--spectrum-every {every} has no effect, --model {name} cannot be looked into: {error}")
+        _logger.warning(f"--spectrum-every {every} has no effect, --model {name} is not supported: {error}")
         return None
     count = min(SPECTRUM_IMAGES, len(dataset))
     # Not through a DataLoader, which would draw a seed from torch's generator.

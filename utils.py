@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 EXIT_BAD_INPUT = 2  # a flag or a file is wrong; running again as it stands will not help
 EXIT_NON_FINITE = 3  # the loss became infinite or not a number
-EXIT_LOST_PEER = 4  # another process of the run died or fell silent; this one could not go on alone
+EXIT_LOST_PEER = 4  # another process of the run died or did not answer; this one could not continue alone
 EXIT_INTERRUPTED = 130  # Ctrl-C
 EXIT_PREEMPTED = 75  # stopped by SIGTERM or SIGUSR1 after saving; the same command with --auto_reload continues
 
@@ -168,7 +168,7 @@ def on_rank_zero(world: World, action: Callable[[], T]) -> T | None:
 
 
 def check_agreement(world: World, what: str, mine: Any) -> None:
-    """Compares a value over the ranks, which would otherwise hang or drift apart without a word.
+    """Compares a value over the ranks, which would otherwise hang or diverge silently.
 
     Raises:
         SetupError: On all ranks, if they differ.

@@ -41,7 +41,7 @@ class DeiT(VisionTransformer):
 
     @jit.unused
     def _reads_prefix_only(self, x: Tensor) -> bool:
-        # A traced graph (fx) and hooks in the last block mean that somebody wants the features of all tokens.
+        # A traced graph (fx) and hooks in the last block need the features of all tokens.
         last = self.blocks[-1]
         return (
             self.fused_attn

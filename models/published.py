@@ -58,8 +58,8 @@ def overlay_with_weights(
     address = cfg.file or on_hub or cfg.url  # timm's order
     if not address:
         raise CheckpointError(
-            f"pretrained=True: no weights are published for {name}; there are some for {', '.join(FILES)}. Weights "
-            "of its plain baseline start it where the baseline ends: pretrained_cfg_overlay=dict(file='deit.pth'), or "
+            f"pretrained=True: no weights are published for {name}; there are some for {', '.join(FILES)}. To "
+            "start from weights of its plain baseline: pretrained_cfg_overlay=dict(file='deit.pth'), or "
             "dict(hf_hub_id='timm/deit_small_patch16_224.fb_in1k'), or main.py --finetune FILE"
         )
     state_dict = read_checkpoint(address, cache_dir)["model"]

@@ -247,7 +247,7 @@ class RemoteMembers(Sequence):
 
     def __init__(self, shards: Shards, folder: Path, limit: float) -> None:
         self.shards, self.base, self.limit = shards, folder, limit
-        # Another index is another data set, though its address be the same.
+        # Another index means another data set, even at the same address.
         self.folder = folder / hashlib.sha256(f"{shards.root}\n{shards.digest}".encode()).hexdigest()[:16]
         self.ends = list(accumulate(shards.lengths))
         self._tables: dict[int, np.ndarray] = {}

@@ -1,4 +1,4 @@
-"""The images of an analysis: from any folder or data set, decoded once for each kind of input that the models want."""
+"""The images of an analysis: from any folder or data set, decoded once for each input that the models need."""
 
 import argparse
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Puts ViTs on the table: what their attention does to the features, layer by layer, as numbers, figures and a report.
+"""What the attention of vision transformers does to the features, layer by layer: numbers, figures and a report.
 
     python scripts/analyze.py --data-path my_photos --model deit_small_patch16_224 --pretrained
     python scripts/analyze.py --data-path data/imagenet --data-set IMNET --num-images 512 --device cuda \\
@@ -6,9 +6,9 @@
     python scripts/analyze.py --image cat.jpg --layer 10 --model attnscale_small_12 --resume attnscale.pth
 
 Models are of this zoo or of timm; --resume, --pretrained, --label and --model-kwargs belong to the --model before them.
-Without weights a model is analysed as initialised. In --output_dir come report.html (self-contained, with all figures),
-analysis.csv and analysis.json (every number in a figure), the figures as PNG, and for --image token_map.csv and .png.
-docs/analysis.md says what each quantity is and how to read it.
+Without weights a model is analysed as initialised. Written to --output_dir: report.html (self-contained, with all
+figures), analysis.csv and analysis.json (every number in a figure), the figures as PNG, and for --image token_map.csv
+and .png. docs/analysis.md explains each quantity.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def get_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", "--output-dir", default="analysis", metavar="DIR", help="default: analysis")
-    group.add_argument("--device", default="auto", metavar="NAME", help="auto (CUDA where there is one), cuda or cpu")
+    group.add_argument("--device", default="auto", metavar="NAME", help="auto (CUDA if there is a GPU), cuda or cpu")
     group.add_argument(
         "--batch-size",
         type=int,
@@ -132,7 +132,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="images at a time; memory grows with it, not with --num-images (default: 8)",
     )
     group.add_argument("--num_workers", "--num-workers", type=int, default=0, metavar="N", help="loader processes")
-    group.add_argument("--seed", type=int, default=0, help="of the choice of images and of initial weights")
+    group.add_argument("--seed", type=int, default=0, help="seed of the choice of images and of initial weights")
     return parser
 
 

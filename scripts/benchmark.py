@@ -6,9 +6,9 @@
     python scripts/benchmark.py --compare deit_small_patch16_224 attnscale_small_12 --model-kwargs depth=48
     python scripts/benchmark.py --model attnscale_small_12 --batch-size 256 --device cuda --amp-dtype bfloat16
 
-Models compared take turns within one process, step by step, so that whatever else the machine does hits all of them;
-ratios are medians of the ratios of one round. Remedies have lambda != 0. Bytes are those kept for backward, parameters
-excluded: they do not depend on the machine. --results-file gets everything as JSON.
+Models compared take turns in one process, step by step, so that other load on the machine affects all of them; ratios
+are medians of the ratios within a round. Remedies have lambda != 0. Bytes are those kept for backward, parameters
+excluded: they do not depend on the machine. --results-file stores everything as JSON.
 """
 
 import argparse

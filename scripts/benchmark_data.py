@@ -1,15 +1,15 @@
-"""What loading a training image costs a processor core: from files, an archive or shards, plain or fast.
+"""CPU time of loading a training image: from files, an archive or shards, plain or fast.
 
     python scripts/benchmark_data.py                            # photographs made from scikit-learn's two
     python scripts/benchmark_data.py --data-path /data/imagenet # images of that tree (or archive), spread over it
     python scripts/benchmark_data.py --quick
 
 The images are copied to a temporary folder, packed there into one tar and into shards, and read from all three, by the
-plain loader and by --fast-loader. All run in turns, each with one worker process, over the same images in the same
-order. A round's cost is the processor time of that worker and of the main process that receives its batches, so that
-other programs hardly disturb it; the ratio is the median over the rounds. The files lie in the machine's file cache:
-what a disk or a network costs is not in the table. The device's share of the fast loader (normalisation, erasing) and
-what it takes to fetch remote shards are lines of their own.
+plain loader and by --fast-loader. All take turns, each with one worker process, over the same images in the same order.
+The cost of a round is the CPU time of that worker and of the main process that receives its batches, so other programs
+affect it little; the ratio is the median over the rounds. The files are in the file cache: disk and network time are
+not in the table. The device's part of the fast loader (normalisation, erasing) and downloading remote shards are
+reported separately.
 """
 
 import argparse

@@ -6,7 +6,8 @@
     python scripts/benchmark_step.py --only scaling           # needs two free cores
 
 The steps are those of ``engine.train_one_epoch`` with mixup, autocast, loss scaling, AdamW, the EMA, meters
-and console lines; hooks note the time between their parts. Batches of random bytes are at hand, so data cost nothing.
+and console lines; hooks record the time between their parts. Batches are random bytes made in advance: data loading is
+not included.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Exports a checkpoint's model, with a JSON file that says what it is and how to feed it.
+"""Exports a checkpoint's model, with a JSON file that says what it is and how to preprocess its input.
 
 python scripts/export.py --checkpoint logs/run/best_checkpoint.pth --output model.onnx [--ema]
 
-The ending of --output says what is written: model.safetensors (the weights), model.onnx (ONNX) or model.pt2
+The ending of --output selects the format: model.safetensors (the weights), model.onnx (ONNX) or model.pt2
 (torch.export), the latter two whole models for any number of images. The file is read back and compared with the
-model before it gets its name. docs/export.md shows how to use each.
+model before it is renamed to --output. docs/export.md shows how to use each format.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python scripts/plot_log.py logs/attnscale_small_12                     # writes logs/attnscale_small_12/curves.png
     python scripts/plot_log.py logs/deit_small_12 logs/attnscale_small_12 --output curves.png
 
-One colour a run; training is dashed, evaluation solid, the EMA of the weights dotted. A star marks the best
+One colour per run; training is dashed, evaluation solid, the EMA of the weights dotted. A star marks the best
 top-1 accuracy of each run, which the legend names.
 """
 

@@ -4,7 +4,7 @@
 
 Registered users get the archives from https://image-net.org/challenges/LSVRC/2012/2012-downloads.php:
 ILSVRC2012_img_train.tar (138 GB), ILSVRC2012_img_val.tar (6.3 GB) and ILSVRC2012_devkit_t12.tar.gz (2.5 MB).
-torchvision verifies and unpacks them; a half that is finished is not unpacked again.
+torchvision verifies and unpacks them; a split that is finished is not unpacked again.
 """
 
 import argparse

@@ -6,14 +6,14 @@
 
 The tree holds train/<class>/ and val/<class>/, or train.tar and val.tar (or .zip), or is one archive of both. Images
 are copied byte for byte, in an order shuffled with --seed, to train-000000.tar and so on: <number>-<name>.jpg with
-<number>-<name>.cls, its label. The number is the image's place in the sorted tree, so that training on local shards
-sees exactly what training on the tree does.
+<number>-<name>.cls, its label. The number is the image's position in the sorted tree, so that training on local
+shards reads exactly the same images in the same order as training on the tree.
 
-A run that was stopped goes on when it is started again: shards that are finished are compared with the tree and kept,
-and no unfinished one ever has its final name. _info.json is written last: without it the folder is not finished.
-Afterwards the folder may be put behind any web server or into a bucket as it is.
+A run that was stopped continues when it is started again: finished shards are compared with the tree and kept, and an
+unfinished one never has its final name. _info.json is written last: without it the folder is incomplete. A complete
+folder can be copied to any web server or bucket.
 
-    python scripts/prepare_wds.py --index /data/their-wds   # index shards (train-*.tar, val-*.tar) that are there
+    python scripts/prepare_wds.py --index /data/their-wds   # index existing shards (train-*.tar, val-*.tar)
 """
 
 import argparse
@@ -154,7 +154,7 @@ def prepare_wds(data_path: Path, output: Path, limit: tuple[int, int | float], s
 
 
 def index_shards(folder: Path) -> dict[str, Any]:
-    """Writes the index of shards that somebody else has made; names of classes are kept where there are some.
+    """Writes the index of existing shards; class names of an existing index are kept.
 
     Raises:
         DataError: If there are none, or they are no shards of labelled images.
@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         help="images a shard (1000), or megabytes (100MB, the default). Remote shards are fetched as a whole: 50 to "
         "500MB; local ones may be larger; give at least as many shards as processes",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the images in the shards (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the images in the shards (0)")
     parser.add_argument("--index", type=Path, metavar="DIR", help="only write the index of the shards in this folder")
     args = parser.parse_args(argv)
     if (args.index is None) == (args.data_path is None or args.output is None):
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted; the same command continues", file=sys.stderr)
         return 130
     for split in info["splits"].values():
         print(f"{split['name']}: {split['num_samples']} images in {len(split['filenames'])} shards")

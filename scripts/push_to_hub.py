@@ -1,11 +1,11 @@
 """Publishes the weights of a run on the Hugging Face Hub, in timm's layout and with a model card.
 
-    python scripts/push_to_hub.py logs/run owner/name --dry-run logs/card   # writes the files, to be looked at
+    python scripts/push_to_hub.py logs/run owner/name --dry-run logs/card   # writes the files for review
     python scripts/push_to_hub.py logs/run owner/name                       # uploads them (after `hf auth login`)
 
-The repository gets model.safetensors, config.json and README.md, and nothing else of the run: of its arguments only
-those of the recipe, no path. ``timm.create_model("hf-hub:owner/name", pretrained=True)`` reads it again; before
-anything is uploaded this script does that with its files and compares every weight.
+Uploaded are model.safetensors, config.json and README.md, and nothing else of the run: of its arguments only the
+recipe, no path. ``timm.create_model("hf-hub:owner/name", pretrained=True)`` loads it; before anything is uploaded this
+script does that with its files and compares every weight.
 """
 
 import argparse
@@ -241,7 +241,7 @@ def write_folder(folder: Path, args: argparse.Namespace) -> None:
 def upload(folder: Path, repository: str, private: bool) -> str:
     """Creates the repository if need be and adds the files as one commit; returns its address.
 
-    A README.md that is there already is kept: somebody may have written it.
+    A README.md that is there already is kept: it may have been edited.
 
     Raises:
         CheckpointError: If it exists and everyone may read it, though ``private`` is asked for.
@@ -289,7 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"wrote {args.dry_run}/: {', '.join(sorted(os.listdir(args.dry_run)))}; nothing was uploaded")
             return
         if get_token() is None:
-            raise CheckpointError("nobody is logged in to the Hub: `hf auth login`, or set HF_TOKEN; or use --dry-run")
+            raise CheckpointError("not logged in to the Hub: `hf auth login`, or set HF_TOKEN; or use --dry-run")
         with tempfile.TemporaryDirectory() as folder:
             write_folder(Path(folder), args)
             print(f"uploaded: {upload(Path(folder), args.repository, args.private)}")

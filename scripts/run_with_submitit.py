@@ -1,10 +1,10 @@
-"""Queues a run of ``main.py`` on Slurm through submitit, and has it queued again after a time limit or a preemption.
+"""Queues a run of ``main.py`` on Slurm through submitit, and requeues it after a time limit or preemption.
 
     python scripts/run_with_submitit.py --nodes 2 --ngpus 8 --timeout 1440 --partition gpu \
         --model attnscale_small_24 --batch-size 64 --data-set IMNET --data-path /data/imagenet --output_dir logs/run
 
 Flags that are not in this script's --help are main.py's; they are checked before anything is queued. A run that trains
-always gets --auto_reload: it has to come back.
+always gets --auto_reload, so that it continues after a requeue.
 """
 
 import argparse

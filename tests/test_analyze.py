@@ -272,12 +272,3 @@ def test_the_commands_of_the_page_are_understood() -> None:
         else:
             assert script == "scripts/analyze.py"
             analyze.check_args(analyze.get_parser().parse_args(words))
-
-
-@pytest.mark.slow
-def test_the_code_of_the_page_runs(capsys: pytest.CaptureFixture) -> None:
-    page = (ROOT / "docs" / "analysis.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
-    exec(compile(code, "docs/analysis.md", "exec"), {})
-    printed = capsys.readouterr().out
-    assert "token_similarity" in printed and "blocks.11 tensor" in printed

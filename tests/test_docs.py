@@ -71,7 +71,7 @@ NOT_RUN = {
     r"python scripts/prepare_wds\.py --index": "tests/test_prepare_wds.py",
     r"pip install \.": "tests/test_layout.py::test_the_installed_library_works_beside_a_users_own_modules",
     r"python scripts/analyze\.py .*--pretrained": (
-        "downloads weights; with checkpoints: tests/test_analyze.py::test_the_script_reports_two_models"
+        "downloads weights; with checkpoints: tests/test_analyze.py::test_the_report_needs_no_other_file"
     ),
     r"python main\.py .*(https:|pipe:aws)": "needs the network; from a local server: tests/test_shards.py",
     r"tar -cf|\(cd ": "tests/test_archives.py",

@@ -195,7 +195,7 @@ def test_a_model_of_timm_needs_no_import_and_an_unmeasured_file_claims_nothing(h
             ["{tmp}/bare.pth", "ann/tiny", "--dry-run", "{tmp}/out", "--model", "x", "--ema"],
             "model x, which is not known",
         ),
-        (["{run}", "ann/tiny"], "nobody is logged in to the Hub: `hf auth login`, or set HF_TOKEN"),
+        (["{run}", "ann/tiny"], "not logged in to the Hub: `hf auth login`, or set HF_TOKEN"),
     ],
 )
 def test_a_wrong_argument_is_one_sentence_and_writes_nothing(

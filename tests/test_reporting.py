@@ -84,7 +84,7 @@ def test_cait_is_watched_in_its_patch_blocks(data: Path, tmp_path: Path) -> None
 def test_a_model_that_cannot_be_looked_into_trains_with_one_warning(data: Path, tmp_path: Path) -> None:
     words = ("--model", "test_byobnet", "--model-kwargs", "--drop", "0", "--epochs", "2", "--spectrum-every", "1")
     printed = run(data, tmp_path, *words)
-    assert printed.count("--spectrum-every 1 has no effect, --model test_byobnet cannot be looked into") == 1
+    assert printed.count("--spectrum-every 1 has no effect, --model test_byobnet is not supported") == 1
     log = EpochLog.read(tmp_path / "log.txt")
     assert len(log) == 2 and not any(spectrum_of(line) for line in log)
 

@@ -314,7 +314,7 @@ def test_other_world_or_batch_size_is_allowed_with_a_warning(
         output = run.expect(0)
     changed = "'world_size': '2 -> 1'" if processes == 1 else "'batch_size': '8 -> 4'"
     assert changed in output and "differ from the uninterrupted run" in output
-    assert "epoch 1 begins again" in output and "Epoch: [1]  [0/8]" in output and "Epoch: [0]" not in output
+    assert "epoch 1 starts again" in output and "Epoch: [1]  [0/8]" in output and "Epoch: [0]" not in output
     lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     assert lines[0] == reporting.EpochLog.read(uninterrupted / "log.txt")[0]

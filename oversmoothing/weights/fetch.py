@@ -97,7 +97,7 @@ def _from_url(url: str) -> Path:
 def _from_hub(address: str, cache_dir: str | Path | None) -> Path:
     parts = HUB_ADDRESS.fullmatch(address)
     if parts is None:
-        raise FetchError(f"{address}: is no address on the Hub: write {HUB}owner/name[@revision][/file]")
+        raise FetchError(f"{address}: is not an address on the Hub: write {HUB}owner/name[@revision][/file]")
     repository, revision, file = parts.group("repository", "revision", "file")
     with _explained(address):
         if file is None:
