@@ -196,3 +196,4 @@ def test_a_resumed_optimizer_makes_the_step_an_uninterrupted_one_makes(tmp_path:
 def test_number_of_classes() -> None:
     assert number_of_classes(small_vit().state_dict()) == 10
     assert number_of_classes(small_vit(num_classes=0).state_dict()) is None
+    assert number_of_classes({"head.fc.weight": torch.zeros(7, 4)}) == 7  # Swin's

@@ -13,6 +13,8 @@ from .read import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+CLASSIFIERS = ("head", "head.fc", "fc", "classifier")  # as timm's models name them; Swin's is head.fc
+
 
 def load_weights(
     model: nn.Module,
@@ -124,6 +126,6 @@ def _summary(names: list[str]) -> str:
 
 
 def number_of_classes(state_dict: Mapping[str, Tensor]) -> int | None:
-    """Classes of a state dict's classifier (rows of ``head.weight``), None without one."""
-    weight = state_dict.get("head.weight")
-    return None if weight is None else len(weight)
+    """Classes of a state dict's classifier (rows of its weight), None without one."""
+    weights = (state_dict.get(f"{name}.weight") for name in CLASSIFIERS)
+    return next((len(weight) for weight in weights if weight is not None), None)

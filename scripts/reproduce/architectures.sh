@@ -41,7 +41,7 @@ add() { # label, model, model's arguments
 add DeiT deit_small_12 "${vit[@]}"
 add CaiT cait_S24_224 "${vit[@]}" init_values=0.1
 add EVA-02 eva02_tiny_patch14_224 "${vit[@]}"
-add DINOv3 vit_small_patch16_dinov3 "${vit[@]}" init_values=0.1
+add DINOv3 vit_small_patch16_dinov3 "${vit[@]}" init_values=1.0
 add Swin swin_tiny_patch4_window7_224 embed_dim=32 'depths=(2,2,6,2)' 'num_heads=(1,2,4,8)' patch_size=2 window_size=4
 
 echo "== analysis on the held-out digits"
