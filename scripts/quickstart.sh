@@ -2,7 +2,7 @@
 # From nothing to a trained model and its curves, on a laptop: 1,797 handwritten digits, a 12-layer AttnScale DeiT.
 #   bash scripts/quickstart.sh
 # About 4 minutes of training on 2 CPU cores; expected: at least 97% top-1 on the 360 held-out digits (99.4 to 100% measured).
-# Run it again and it finds everything done; stop it and it continues. Takes NPROC (processes) and EPOCHS from outside.
+# Run it again and it skips what is done; stop it and it continues. Takes NPROC (processes) and EPOCHS from outside.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup_env.sh

@@ -3,12 +3,12 @@
 #
 # Expected: 80.7% top-1, as reported by the paper (arXiv 2203.05962, its ImageNet results, quoted second-hand);
 # the plain DeiT-S-12 there: 79.8%. Never run here at full length.
-# Length: --epochs is left at 500: 640 million images; at 2,000 images/s in all, 3.7 days (reckoned, not measured).
+# Length: --epochs is left at 500: 640 million images; at 2,000 images/s in all, 3.7 days (estimated, not measured).
 #
 #   DATA_PATH=/data/imagenet bash scripts/reproduce/attnscale_small_12.sh
 #
 # DATA_PATH   folder of ImageNet with train/<class>/ and val/<class>/ (scripts/prepare_imagenet.py makes it)
-# NUM_GPUS    processes, one a GPU; 2 as in the paper. The recipe's batch is 1,024 images: with 8 GPUs append
+# NUM_GPUS    processes, one per GPU; 2 as in the paper. The recipe's batch is 1,024 images: with 8 GPUs append
 #             --batch-size 128, with one --grad-accum 2
 # Further flags of main.py can be appended. Results go to logs/imnet1k_attnscale_small_12/ of this repository.
 # After an interruption run it again: it continues from there.

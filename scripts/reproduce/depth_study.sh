@@ -13,7 +13,7 @@
 # NPROC        processes                                                    [GPUs, else 2]
 # FIGURE       where the figure goes; empty: only into the report's folder  [docs/depth_study.png]
 # MASTER_PORT  of the processes                                             [29720]
-# Run it again and it finds done what is done; stop it and it continues. Nothing is downloaded but the environment.
+# Run it again and it skips what is done; stop it and it continues. Nothing is downloaded but the environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/setup_env.sh

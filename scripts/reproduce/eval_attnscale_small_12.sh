@@ -9,7 +9,7 @@
 #
 # DATA_PATH   folder of ImageNet with train/<class>/ and val/<class>/ (scripts/prepare_imagenet.py makes it)
 # CHECKPOINT  weights to evaluate, a file or a URL
-# NUM_GPUS    processes, one a GPU; 2 as in the paper. Neither it nor --batch-size changes the accuracy
+# NUM_GPUS    processes, one per GPU; 2 as in the paper. Neither it nor --batch-size changes the accuracy
 # Further flags of main.py can be appended.
 set -euo pipefail
 DATA_PATH=$(realpath "${DATA_PATH:?set it to the ImageNet folder that holds train/ and val/}")

@@ -3,14 +3,14 @@
 #
 # Expected: 83.2% top-1, as reported by the paper (arXiv 2203.05962, its ImageNet results, quoted second-hand);
 # the plain CaiT-S24 there: 82.6%. Never run here at full length.
-# Length: 60 epochs: 77 million images; at 500 images/s in all, 1.8 days (reckoned, not measured).
+# Length: 60 epochs: 77 million images; at 500 images/s in all, 1.8 days (estimated, not measured).
 #
 #   DATA_PATH=/data/imagenet CHECKPOINT=S24_224.pth bash scripts/reproduce/featscale_cait_s24_224.sh
 #
 # DATA_PATH   folder of ImageNet with train/<class>/ and val/<class>/ (scripts/prepare_imagenet.py makes it)
 # CHECKPOINT  weights of the plain CaiT-S24 at 224 px, a file or a URL; DeiT's authors published them as
 #             https://dl.fbaipublicfiles.com/deit/S24_224.pth
-# NUM_GPUS    processes, one a GPU; 2 as in the paper. The recipe's batch is 256 images: with 8 GPUs append
+# NUM_GPUS    processes, one per GPU; 2 as in the paper. The recipe's batch is 256 images: with 8 GPUs append
 #             --batch-size 32, with one --grad-accum 2
 # Further flags of main.py can be appended. Results go to logs/imnet1k_featscale_cait_s24_224/ of this repository.
 # After an interruption run it again: it continues from there.

@@ -3,12 +3,12 @@
 #
 # Expected: 81.3% top-1, as reported by the paper (arXiv 2203.05962, its ImageNet results, quoted second-hand);
 # the plain DeiT-S-24 there: 80.5%. Never run here at full length.
-# Length: --epochs is left at 500: 640 million images; at 1,000 images/s in all, 7.4 days (reckoned, not measured).
+# Length: --epochs is left at 500: 640 million images; at 1,000 images/s in all, 7.4 days (estimated, not measured).
 #
 #   DATA_PATH=/data/imagenet bash scripts/reproduce/featscale_small_24.sh
 #
 # DATA_PATH   folder of ImageNet with train/<class>/ and val/<class>/ (scripts/prepare_imagenet.py makes it)
-# NUM_GPUS    processes, one a GPU; 2 as in the paper. The recipe's batch is 512 images: with 8 GPUs append
+# NUM_GPUS    processes, one per GPU; 2 as in the paper. The recipe's batch is 512 images: with 8 GPUs append
 #             --batch-size 64, with one --grad-accum 2
 # Further flags of main.py can be appended. Results go to logs/imnet1k_featscale_small_24/ of this repository.
 # After an interruption run it again: it continues from there.
