@@ -1,4 +1,4 @@
-"""The documentation, followed literally: each command and each Python block of README.md and docs/*.md is run.
+"""The documentation, followed literally: commands and Python blocks of README.md and docs/*.md are run.
 
 A page is run from top to bottom in a folder of its own, which holds what its reader has: a few pictures in place of
 each data set, and tiny files in place of the checkpoints (`readers_folder`). Commands run as printed but for
@@ -7,6 +7,8 @@ each data set, and tiny files in place of the checkpoints (`readers_folder`). Co
 - ``INSTEAD``, text that names what the reader fills in;
 - the launcher, which is left out: ``tests/test_commands.py`` tests launchers;
 - variables before a command, likewise.
+
+Python blocks have the installed library and nothing of the checkout.
 
 What a page says is printed (a ``text`` block after the command's) must be printed, line by line, but for the numbers.
 Commands that are not run are in ``NOT_RUN``, with the reason or the test that runs them; the flags of all others, those
