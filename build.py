@@ -27,7 +27,8 @@ import utils
 from datasets import DataOptions
 from options import ArgumentError, mixup_active
 from oversmoothing.weights import check_model_name, create_model, load_weights, number_of_classes, read_checkpoint
-from readers.loader import build_loader
+from oversmoothing.weights.model import BUILDER_ARGUMENTS
+from readers.loader import build_loader, start_workers
 from utils import World
 
 _logger = logging.getLogger(__name__)
@@ -65,13 +66,20 @@ def num_classes(args: argparse.Namespace, start: Start) -> int:
     A tree with only some of a named data set's classes (ImageNet's 1,000, say) gets a head for those; but a checkpoint
     that is resumed with the data set's full head keeps it.
     """
-    if args.num_classes is not None:
+    if args.num_classes is not None and args.throughput:
         return args.num_classes
     resumed = start.checkpoint is not None and not args.finetune
     of_head = number_of_classes(start.checkpoint["model"]) if resumed else None
     if args.throughput:
         return of_head or 1000
     counted = datasets.count_classes(DataOptions.from_args(args), is_train=not args.eval)
+    if args.num_classes is not None:
+        if args.num_classes < counted:
+            raise ArgumentError(
+                f"--num-classes {args.num_classes}: --data-path {args.data_path} holds {counted} classes; give "
+                f"{counted} or more, or leave it out"
+            )
+        return args.num_classes
     nominal = datasets.NOMINAL_CLASSES.get(args.data_set)
     if nominal in (None, counted):
         return counted
@@ -105,6 +113,11 @@ def build_model(args: argparse.Namespace, classes: int) -> nn.Module:
         kwargs |= {"pos_drop_rate": args.drop, "proj_drop_rate": args.drop}
     if args.drop_path:
         kwargs["drop_path_rate"] = args.drop_path
+    if not_constructors := sorted(BUILDER_ARGUMENTS & args.model_kwargs.keys()):
+        raise ArgumentError(
+            f"--model-kwargs {not_constructors[0]}=...: not an argument of the model's constructor; weights come from "
+            "--finetune or --resume, the input size from --input-size"
+        )
     kwargs |= args.model_kwargs
     model = create_model(args.model, num_classes=classes, input_size=args.input_size, model_kwargs=kwargs)
     if args.distillation_type != "none":
@@ -125,8 +138,19 @@ def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: 
     found = (start.source, saved.get("epoch"), saved.get("step"))
     utils.check_agreement(world, "the checkpoint found (file, epoch, step)", found)
     if start.checkpoint is None:
+        if args.eval:
+            raise ArgumentError(
+                f"--eval --auto_reload: --output_dir {args.output_dir} holds no checkpoint to evaluate; give a run's "
+                "folder, or --resume FILE"
+            )
         return replace(start, epoch=args.start_epoch)
     finetune = bool(args.finetune) and start.source == args.finetune
+    classes = number_of_classes(start.checkpoint["model"])
+    if args.eval and finetune and classes not in (None, model.num_classes):
+        raise ArgumentError(
+            f"--eval --finetune {args.finetune}: the file's head has {classes} classes, the model {model.num_classes}: "
+            "a new head has nothing to evaluate; train it first, or give --data-set and --num-classes of the file"
+        )
     missing = load_weights(
         model,
         start.checkpoint["model"],
@@ -184,30 +208,13 @@ def build_trainer(
     prepare: nn.Module | None = None,
 ) -> engine.Trainer:
     """Optimizer, loss, mixing and wrappers around the loaded model; ``prepare`` is that of :class:`Loaders`."""
-    lr = optim.scaled_lr(args, world.world_size)
-    try:
-        optimizer = optim.build_optimizer(args, model, lr)
-    except (ValueError, TypeError, AssertionError) as error:
-        raise ArgumentError(f"--opt {args.opt} (or --opt-eps, --opt-betas, --momentum): {error}") from error
+    optimizer = optim.build_optimizer(args, model, optim.scaled_lr(args, world.world_size))
     scaler = torch.amp.GradScaler(world.device.type, enabled=amp_dtype == torch.float16)
     if start.full:
         checkpoints.load_optimizer(optimizer, start.checkpoint["optimizer"])
         if start.checkpoint.get("scaler"):
             scaler.load_state_dict(start.checkpoint["scaler"])
-    mixup = (
-        Mixup(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=model.num_classes,
-        )
-        if mixup_active(args)
-        else None
-    )
+    mixup = build_mixup(args, model.num_classes)
     teacher = build_teacher(args, model.num_classes, world.device)
     criterion = losses.build_criterion(
         mixup_active=mixup is not None,
@@ -244,11 +251,32 @@ def build_trainer(
     )
 
 
+def build_mixup(args: argparse.Namespace, classes: int) -> Mixup | None:
+    """timm's mixing of a batch's images and targets; None where nothing is mixed."""
+    if not mixup_active(args):
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=classes,
+    )
+
+
+def create_teacher(args: argparse.Namespace, classes: int) -> nn.Module:
+    """The teacher of ``--teacher-model``, without its weights."""
+    return create_model(args.teacher_model, num_classes=classes)
+
+
 def build_teacher(args: argparse.Namespace, classes: int, device: torch.device) -> nn.Module | None:
     """The frozen teacher of ``--distillation-type``, with the weights of ``--teacher-path``."""
     if args.distillation_type == "none":
         return None
-    teacher = create_model(args.teacher_model, num_classes=classes)
+    teacher = create_teacher(args, classes)
     load_weights(teacher, read_checkpoint(args.teacher_path)["model"], source=args.teacher_path)
     return teacher.to(device).eval().requires_grad_(False)
 
@@ -262,10 +290,10 @@ class Loaders(NamedTuple):
 
 
 def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> Loaders:
-    """This rank's share of the training and of the evaluation images, as ``model`` wants them.
+    """This rank's share of the training and of the evaluation images, as ``model`` wants them (on any device).
 
     By default the training images come as bytes and are normalised and erased on the device; with ``--no-fast-loader``
-    they come finished.
+    they come finished. The loaders' processes are running when this returns.
     """
     options, data_config = DataOptions.from_args(args), resolve_data_config({}, model=model)
     dataset_val, _ = datasets.build_dataset(False, options, data_config)
@@ -287,10 +315,12 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> L
     loader_val = build_loader(
         dataset_val, sampler_val, batch_size=max(1, 3 * args.batch_size // 2), drop_last=False, **common
     )
-    if args.eval:
-        return Loaders(None, loader_val, None)
-    batch_size = fit_batch_size(args, len(sampler_train))
-    loader_train = build_loader(dataset_train, sampler_train, batch_size=batch_size, drop_last=True, **common)
+    loader_train = None
+    if not args.eval:
+        batch_size = fit_batch_size(args, len(sampler_train))
+        loader_train = build_loader(dataset_train, sampler_train, batch_size=batch_size, drop_last=True, **common)
+        start_workers(loader_train)
+    start_workers(loader_val)
     return Loaders(loader_train, loader_val, prepare)
 
 

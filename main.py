@@ -6,6 +6,11 @@
     python main.py --help
 """
 
+import entry
+
+if __name__ == "__main__":
+    entry.answer_signals()  # while what follows is imported, which takes seconds
+
 import argparse
 import json
 import logging
@@ -18,6 +23,7 @@ import build
 import datasets
 import engine
 import models
+import preflight
 import reporting
 import utils
 from fit import evaluate_with_ema, fit
@@ -36,35 +42,44 @@ def main(args: argparse.Namespace) -> None:
         print("\n".join(models.list_models()))
         return
     build.check_model_names(args)
+    world = utils.this_process(args.device)
+    sketch = preflight.check_flags(args, world.world_size)
+    utils.setup_logging(world.rank)
+    about = [utils.describe_environment(world)]
+    _logger.info(about[-1])
+    _logger.info(f"arguments: {json.dumps(vars(args), default=str)}")
     output_dir = None if args.eval or args.throughput else args.output_dir
-    with (
-        utils.process_group(args.device, args.dist_url, args.dist_timeout) as world,
-        utils.claimed_folder(output_dir, world, timeout_s=min(60, args.dist_timeout / 2)),
-        explain_loader_errors(),
-    ):
-        utils.setup_logging(world.rank)
-        about = [utils.describe_environment(world)]
-        _logger.info(about[-1])
-        _logger.info(f"arguments: {json.dumps(vars(args), default=str)}")
-        utils.seed_everything(args.seed)
+    with explain_loader_errors():
+        start = build.Start() if args.auto_reload else build.find_start(args)
+        # Loader processes are forked before this one has threads: a fork copies the locks that they hold.
+        loaders = None if args.throughput else build.build_loaders(args, sketch, world)
+        with (
+            utils.process_group(args.device, args.dist_url, args.dist_timeout),
+            utils.claimed_folder(output_dir, world, timeout_s=min(60, args.dist_timeout / 2)),
+        ):
+            start = build.find_start(args) if args.auto_reload else start
+            run(args, start, loaders, world, about)
 
-        start = build.find_start(args)
-        model = build.build_model(args, build.num_classes(args, start)).to(world.device)
-        about.append(reporting.describe_model(args.model, model, args.input_size, world.device))
-        _logger.info(about[-1])
-        start = build.load_start(args, start, model, world)
-        amp_dtype = precision(args, world.device)
-        if args.throughput:
-            measure_throughput(args, model, world, amp_dtype)
-            return
 
-        loaders = build.build_loaders(args, model, world)
-        ema = build.build_ema(args, start, model)
-        if args.eval:
-            evaluate_with_ema(args, model, ema, loaders.val, world, amp_dtype)
-            return
-        trainer = build.build_trainer(args, start, model, ema, world, amp_dtype, loaders.prepare)
-        fit(args, start, trainer, loaders, world, about)
+def run(
+    args: argparse.Namespace, start: build.Start, loaders: build.Loaders | None, world: World, about: list[str]
+) -> None:
+    """What the processes do together: ``--throughput``, ``--eval`` or training."""
+    utils.seed_everything(args.seed)
+    model = build.build_model(args, build.num_classes(args, start)).to(world.device)
+    about.append(reporting.describe_model(args.model, model, args.input_size, world.device))
+    _logger.info(about[-1])
+    start = build.load_start(args, start, model, world)
+    amp_dtype = precision(args, world.device)
+    if args.throughput:
+        measure_throughput(args, model, world, amp_dtype)
+        return
+    ema = build.build_ema(args, start, model)
+    if args.eval:
+        evaluate_with_ema(args, model, ema, loaders.val, world, amp_dtype)
+        return
+    trainer = build.build_trainer(args, start, model, ema, world, amp_dtype, loaders.prepare)
+    fit(args, start, trainer, loaders, world, about)
 
 
 def precision(args: argparse.Namespace, device: torch.device) -> torch.dtype:
@@ -85,24 +100,24 @@ def measure_throughput(args: argparse.Namespace, model: nn.Module, world: World,
 
 
 def cli() -> int:
-    """Runs :func:`main`; turns what a user can fix into one clear line and an exit code (see ``utils.EXIT_*``)."""
-    rank = utils.launcher_rank()
+    """Runs :func:`main`; turns what a user can fix into one clear line and an exit code (see ``entry.EXIT_*``)."""
+    rank = entry.launcher_rank()
     try:
         main(get_args_parser().parse_args())
     except utils.Preempted as stopped:
         print(f"[rank {rank}] {stopped}", flush=True)
-        return utils.EXIT_PREEMPTED
+        return entry.EXIT_PREEMPTED
     except KeyboardInterrupt:
         print(f"[rank {rank}] interrupted", file=sys.stderr, flush=True)
-        return utils.EXIT_INTERRUPTED
+        return entry.EXIT_INTERRUPTED
     except (ArgumentError, CheckpointError, ModelError, datasets.DataError, utils.SetupError) as error:
         # An error of a loader process comes with that process's traceback before its last line.
         sentence = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
         print(f"error: {sentence}", file=sys.stderr, flush=True)
-        return utils.EXIT_BAD_INPUT
+        return entry.EXIT_BAD_INPUT
     except engine.NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return utils.EXIT_NON_FINITE
+        return entry.EXIT_NON_FINITE
     except RuntimeError as error:
         lost = utils.lost_peer(error)
         if lost is None:
@@ -113,9 +128,9 @@ def cli() -> int:
             file=sys.stderr,
             flush=True,
         )
-        return utils.EXIT_LOST_PEER
+        return entry.EXIT_LOST_PEER
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    entry.run(cli)

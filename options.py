@@ -1,11 +1,76 @@
 """The command line of ``main.py``: every flag, its default and what it means. The defaults are the paper's recipe."""
 
 import argparse
+import math
+import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from timm.utils import ParseKwargs
 
 SCHEDULES = ("cosine", "step", "poly", "tanh")  # those of timm that depend on the epoch alone
+INTERPOLATIONS = ("random", "bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")
+PATHS = ("output_dir", "resume", "finetune", "teacher_path", "data_path", "shard_cache")  # ~ is the user's home
+
+
+class Interval(NamedTuple):
+    """Numbers from ``low`` to ``high``; ``above`` and ``below`` leave the end itself out. Never infinite or NaN."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether ``value`` is finite and lies in the interval."""
+        return (
+            (isinstance(value, int) or math.isfinite(value))
+            and (value > self.low if self.above else value >= self.low)
+            and (value < self.high if self.below else value <= self.high)
+        )
+
+    def __str__(self) -> str:
+        low, high = (f"{end:,}" for end in (self.low, self.high))
+        at_least = f"above {low}" if self.above else f"{low} or more"
+        if self.high == math.inf:
+            return at_least
+        if not self.above and not self.below:
+            return f"from {low} to {high}"
+        return f"{at_least}, {'below' if self.below else 'at most'} {high}"
+
+
+# What each number (each one of a list) must lie in. The upper ends of counts are far above any run: they keep a
+# mistyped number from taking all memory or years.
+RANGES = {
+    **dict.fromkeys(("batch_size", "grad_accum", "print_freq", "epochs"), Interval(1, 10**6)),
+    **dict.fromkeys(("start_epoch", "warmup_epochs", "spectrum_every"), Interval(0, 10**6)),
+    **dict.fromkeys(("keep_checkpoints", "skip_bad_images", "checkpoint_steps"), Interval(0, 10**9)),
+    **dict.fromkeys(("drop", "drop_path", "hflip", "reprob", "mixup_prob", "mixup_switch_prob"), Interval(0, 1)),
+    **dict.fromkeys(
+        ("distillation_alpha", "model_ema_decay", "momentum", "cutmix_minmax", "opt_betas"), Interval(0, 1)
+    ),
+    **dict.fromkeys(("lr", "warmup_lr", "min_lr", "opt_eps", "weight_decay", "clip_grad"), Interval(0)),
+    **dict.fromkeys(("decay_rate", "lr_noise", "lr_noise_std"), Interval(0)),
+    **dict.fromkeys(("mixup", "cutmix", "color_jitter"), Interval(0, 1000)),
+    **dict.fromkeys(("decay_epochs", "distillation_tau", "shard_cache_gb"), Interval(0, above=True)),
+    "input_size": Interval(1, 8192),
+    "num_classes": Interval(1, 10**7),
+    "num_workers": Interval(0, 1024),
+    "seed": Interval(0, 2**62),
+    "dist_timeout": Interval(1, 10**7),
+    "local_rank": Interval(0, 10**6),
+    "recount": Interval(1, 100),
+    "smoothing": Interval(0, 1, below=True),
+    "layer_decay": Interval(0, 1, above=True),
+    "eval_crop_ratio": Interval(0.05, 1),
+    "lr_noise_pct": Interval(0, 1, above=True),
+}
+CHOICES = {
+    "mixup_mode": ("batch", "pair", "elem"),
+    "remode": ("const", "rand", "pixel"),
+    "train_interpolation": INTERPOLATIONS,
+}
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -36,9 +101,38 @@ class _Group:
         self.group.add_argument(*flags, *([f"--{other}"] if other != body else []), **kwargs)
 
 
+class KeyValues(ParseKwargs):
+    """timm's ``KEY=VALUE`` words as a dict; a word of another form is a usage error."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: list[str],
+        option_string: str | None = None,
+    ) -> None:
+        for word in values:
+            if not word.partition("=")[0].isidentifier() or "=" not in word:
+                parser.error(f"argument {option_string}: {word!r} is not of the form KEY=VALUE, e.g. depth=24")
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (MemoryError, RecursionError, TypeError) as error:  # literal_eval on what is far too large or deep
+            parser.error(f"argument {option_string}: a value cannot be read ({type(error).__name__})")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Replaces ``~`` in paths also where the shell does not, as in ``--output_dir=~/run``."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        parsed, unknown = super().parse_known_args(args, namespace)
+        for name in PATHS:
+            setattr(parsed, name, os.path.expanduser(getattr(parsed, name)))
+        return parsed, unknown
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     """The parser of ``main.py``; names and defaults of the paper's code are kept, everything else is an addition."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="main.py",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
@@ -89,7 +183,7 @@ def _model(parser: argparse.ArgumentParser) -> None:
         "--model-kwargs",
         nargs="*",
         default={},
-        action=ParseKwargs,
+        action=KeyValues,
         metavar="KEY=VALUE",
         help="constructor arguments of the model, e.g. embed_dim=96 num_heads=3 patch_size=8",
     )
@@ -435,36 +529,20 @@ def check_args(args: argparse.Namespace) -> None:
         if not condition:
             problems.append(message)
 
-    for flag in ("batch_size", "epochs", "grad_accum", "print_freq", "input_size", "dist_timeout"):
-        value = getattr(args, flag)
-        require(value >= 1, f"--{flag.replace('_', '-')} {value}: give a whole number of 1 or more")
-    counts = ("num_workers", "seed", "spectrum_every", "start_epoch", "keep_checkpoints", "checkpoint_steps")
-    for flag in (*counts, "skip_bad_images"):
-        value = getattr(args, flag)
-        require(value >= 0, f"--{flag.replace('_', '-')} {value}: give a whole number of 0 or more")
-    for flag in (
-        "drop",
-        "drop_path",
-        "hflip",
-        "reprob",
-        "mixup_prob",
-        "mixup_switch_prob",
-        "smoothing",
-        "distillation_alpha",
-        "model_ema_decay",
-    ):
-        value = getattr(args, flag)
-        require(0 <= value <= 1, f"--{flag.replace('_', '-')} {value}: give a number from 0 to 1")
+    for name, interval in RANGES.items():
+        value = getattr(args, name)
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            whole = "whole number" if isinstance(values[0], int) else "number"
+            require(all(map(interval.holds, values)), f"{spell(args, name)}: give a {whole} {interval}")
+    for name, choices in CHOICES.items():
+        require(getattr(args, name) in choices, f"{spell(args, name)}: give one of {', '.join(choices)}")
+    for name, value in args.model_kwargs.items():  # rates of dropout, which their modules look at only in training
+        if name.endswith("_rate"):
+            number = isinstance(value, int | float) and Interval(0, 1).holds(value)
+            require(number, f"--model-kwargs {name}={value}: give a number from 0 to 1")
     require(
-        args.layer_decay is None or 0 < args.layer_decay <= 1,
-        f"--layer-decay {args.layer_decay}: give a number above 0, at most 1 (1: one rate for all)",
-    )
-    require(args.shard_cache_gb > 0, f"--shard-cache-gb {args.shard_cache_gb}: give a number above 0")
-    require(args.num_classes is None or args.num_classes >= 1, f"--num-classes {args.num_classes}: give 1 or more")
-    require(args.clip_grad is None or args.clip_grad >= 0, f"--clip-grad {args.clip_grad}: give 0 (off) or more")
-    require(args.mixup_mode in ("batch", "pair", "elem"), f"--mixup-mode {args.mixup_mode}: give batch, pair or elem")
-    require(
-        not (mixup_active(args) and args.batch_size % 2),
+        not (mixup_active(args) and args.batch_size % 2) or args.eval or args.throughput,
         f"--batch-size {args.batch_size} is odd: mixup and cutmix "
         "mix pairs; give an even number, or --mixup 0 --cutmix 0",
     )
@@ -494,16 +572,45 @@ def check_args(args: argparse.Namespace) -> None:
         args.distillation_type == "none" or args.teacher_path or args.eval,
         f"--distillation-type {args.distillation_type} needs --teacher-path: an untrained teacher teaches nothing",
     )
+    minmax = [
+        int(args.input_size * ratio) for ratio in args.cutmix_minmax or () if RANGES["cutmix_minmax"].holds(ratio)
+    ]
     require(
-        args.eval_crop_ratio is None or 0 < args.eval_crop_ratio <= 1,
-        f"--eval-crop-ratio {args.eval_crop_ratio}: give a number above 0, at most 1",
+        args.cutmix_minmax is None or (len(minmax) == len(args.cutmix_minmax) == 2 and minmax[0] < minmax[1]),
+        f"{spell(args, 'cutmix_minmax')}: give two ratios, the first below the second by at least a pixel",
+    )
+    require(
+        args.lr_noise is None or len(args.lr_noise) <= 2,
+        f"{spell(args, 'lr_noise')}: give where the noise begins, or where it begins and where it ends",
+    )
+    # timm draws until the noise is within its limit.
+    require(
+        args.lr_noise is None or args.lr_noise_std <= 100 * args.lr_noise_pct,
+        f"{spell(args, 'lr_noise_std', 'lr_noise_pct')}: the noise is hardly ever within its limit; "
+        "give a smaller --lr-noise-std",
     )
     require(
         not args.output_dir or not Path(args.output_dir).is_file(),
         f"--output_dir {args.output_dir} is a file: give a folder",
     )
+    for name in PATHS:
+        require("\0" not in getattr(args, name), f"{spell(args, name)!r}: a path has no null character")
     if problems:
         raise ArgumentError("\n".join(problems))
+
+
+def spell(args: argparse.Namespace, *names: str) -> str:
+    """Flags with their values as on the command line: ``--opt-betas 0.9 0.99 --opt lion``."""
+
+    def words(value: Any) -> Iterable[Any]:
+        if isinstance(value, dict):
+            return (f"{key}={entry}" for key, entry in value.items())
+        return value if isinstance(value, list | tuple) else [value]
+
+    spelled = (f"--{'output_dir' if name == 'output_dir' else name.replace('_', '-')}" for name in names)
+    return " ".join(
+        " ".join(map(str, [flag, *words(getattr(args, name))])) for flag, name in zip(spelled, names, strict=True)
+    )
 
 
 def mixup_active(args: argparse.Namespace) -> bool:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, TypeVar
@@ -29,12 +28,6 @@ from torch import Tensor
 
 _logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-EXIT_BAD_INPUT = 2  # a flag or a file is wrong; running again as it stands will not help
-EXIT_NON_FINITE = 3  # the loss became infinite or not a number
-EXIT_LOST_PEER = 4  # another process of the run died or did not answer; this one could not continue alone
-EXIT_INTERRUPTED = 130  # Ctrl-C
-EXIT_PREEMPTED = 75  # stopped by SIGTERM or SIGUSR1 after saving; the same command with --auto_reload continues
 
 
 class SetupError(RuntimeError):
@@ -68,39 +61,70 @@ def resolve_device(name: str) -> str:
     """ "auto" becomes "cuda" where there is one, else "cpu".
 
     Raises:
-        SetupError: If CUDA is asked for and there is none.
+        SetupError: If there is no such device.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise SetupError(f"--device {name}: torch sees no CUDA device here; use --device auto or --device cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise SetupError(f"--device {name!r}: no such device to train on; give auto, cpu, cuda or cuda:<number>")
+    backend = getattr(torch, device.type)
+    if not (device.type == "cpu" or backend.is_available()):
+        raise SetupError(
+            f"--device {name}: torch sees no {device.type.upper()} device here; use --device auto or --device cpu"
+        )
+    number = 1 if device.type == "cpu" else backend.device_count()
+    if (device.index or 0) >= number:
+        raise SetupError(f"--device {name}: torch sees {number} {device.type} device(s) here, counted from 0")
     return name
 
 
-@contextmanager
-def process_group(device: str = "auto", dist_url: str = "env://", timeout_s: int = 600) -> Iterator[World]:
-    """Joins the process group that the launcher's environment describes, and leaves it at the end.
+def this_process(device: str = "auto") -> World:
+    """This process among its peers, as the launcher's environment describes them, before they meet.
 
     Understands torchrun and torch.distributed.launch (RANK, WORLD_SIZE, LOCAL_RANK) and Slurm's srun (SLURM_PROCID,
-    SLURM_NTASKS, SLURM_LOCALID); without either this is a single process. NCCL on CUDA, gloo on CPU.
+    SLURM_NTASKS, SLURM_LOCALID); without either this is a single process.
 
     Args:
         device: "auto", "cpu", "cuda" or "cuda:<index>" (the index counts for a single process only).
-        dist_url: Rendezvous of the processes.
-        timeout_s: Seconds after which a collective with a silent peer fails.
 
     Raises:
-        SetupError: If the device does not exist, or the processes cannot find each other.
+        SetupError: If the device does not exist, or the environment makes no sense.
     """
     rank, local_rank, world_size = _launcher_environment()
+    if not (0 <= rank < world_size and local_rank >= 0):
+        raise SetupError(
+            f"RANK {rank}, LOCAL_RANK {local_rank}, WORLD_SIZE {world_size} (or Slurm's SLURM_PROCID, SLURM_LOCALID, "
+            "SLURM_NTASKS): ranks count from 0 to below the world size; let torchrun or srun set them, or unset them"
+        )
     device = resolve_device(device)
     if device == "cuda" or (device.startswith("cuda") and world_size > 1):
         device = f"cuda:{local_rank % torch.cuda.device_count()}"
     world = World(rank, local_rank, world_size, torch.device(device))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+    return world
+
+
+@contextmanager
+def process_group(device: str = "auto", dist_url: str = "env://", timeout_s: int = 600) -> Iterator[World]:
+    """Joins the process group of :func:`this_process`, and leaves it at the end. NCCL on CUDA, gloo on CPU.
+
+    From here on torch has threads that enter Python at any time: no process may be forked any more.
+
+    Args:
+        device: As in ``this_process``.
+        dist_url: Rendezvous of the processes.
+        timeout_s: Seconds after which a collective with a silent peer fails.
+
+    Raises:
+        SetupError: If the device does not exist, or the processes cannot find each other.
+    """
+    world = this_process(device)
     if world.distributed:
-        _rest_before_every_fork()
         _join(world, dist_url, timeout_s)
     try:
         yield world
@@ -109,36 +133,26 @@ def process_group(device: str = "auto", dist_url: str = "env://", timeout_s: int
             dist.destroy_process_group()
 
 
-def _rest_before_fork() -> None:
-    """Waits until the process group's threads are idle before a loader process is forked.
-
-    They enter Python to release a collective's tensor. The child of a fork at that moment waits for ever for a lock
-    whose owner it does not have (seen with Python 3.11: a run that hung before its first evaluation).
-    """
-    if dist.is_initialized():
-        time.sleep(0.05)
-
-
-@cache  # a hook cannot be removed again: one, however often this process joins a group
-def _rest_before_every_fork() -> None:
-    os.register_at_fork(before=_rest_before_fork)
-
-
-def launcher_rank() -> int:
-    """This process's rank, also before it joined a group."""
-    return _launcher_environment()[0]
-
-
 def _launcher_environment() -> tuple[int, int, int]:
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        return _number("RANK"), _number("LOCAL_RANK", 0), _number("WORLD_SIZE")
+    if "SLURM_PROCID" in env and _number("SLURM_NTASKS", 1) != 1:
         hosts = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", env.get("SLURM_NODELIST", "localhost")))
         env.setdefault("MASTER_ADDR", first_host(hosts))  # serves the rendezvous
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
-        return int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), int(env["SLURM_NTASKS"])
+        env.setdefault("MASTER_PORT", str(20000 + _number("SLURM_JOB_ID", 0) % 20000))
+        return _number("SLURM_PROCID"), _number("SLURM_LOCALID", 0), _number("SLURM_NTASKS")
     return 0, 0, 1
+
+
+def _number(variable: str, default: int | None = None) -> int:
+    text = os.environ.get(variable, default)
+    try:
+        return int(text)
+    except ValueError as error:
+        raise SetupError(
+            f"{variable}={text} in the environment is no whole number; let torchrun or srun set it, or unset it"
+        ) from error
 
 
 def first_host(hosts: str) -> str:

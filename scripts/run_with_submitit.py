@@ -22,9 +22,10 @@ import submitit
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, so it runs from any folder
 
 from build import check_model_names
+from entry import EXIT_BAD_INPUT, EXIT_PREEMPTED
 from options import ArgumentError, check_args
 from options import get_args_parser as get_run_parser
-from utils import EXIT_BAD_INPUT, EXIT_PREEMPTED, SetupError
+from utils import SetupError
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 120  # Slurm's own end after a SIGTERM comes sooner (its KillWait is 30 s)

@@ -27,9 +27,10 @@ def _run_rank(flags: Sequence[str], variables: dict[str, str], log: str) -> None
     os.dup2(file, sys.stderr.fileno())
     multiprocessing.set_start_method(None, force=True)  # loader processes start as in any run, not by this server
     sys.argv = ["main.py", *flags]
+    import entry
     import main  # at once in the server's children; a test process does not need it
 
-    sys.exit(main.cli())
+    entry.run(main.cli)
 
 
 class Ranks:

@@ -15,8 +15,8 @@ from ranks import Ranks
 from runs import Run, children, command, environment, expect, start_main, tiny_tree
 
 import checkpoints
+import entry
 import reporting
-import utils
 from oversmoothing.weights import read_checkpoint
 
 RECIPE = (
@@ -77,7 +77,7 @@ def test_diverging_loss_stops_all_ranks_and_keeps_the_last_good_checkpoint(recip
     """Epoch 0 runs at --warmup-lr and is saved; the rate of epoch 2 is absurd."""
     flags = (*recipe, "--epochs", 5, "--warmup-epochs", 1, "--lr", 1e38)
     with Ranks(*flags, folder=tmp_path) as run:
-        output = run.expect(utils.EXIT_NON_FINITE, timeout=90)
+        output = run.expect(entry.EXIT_NON_FINITE, timeout=90)
     assert "is not finite since epoch 2, step" in output or "are not finite after epoch 2, step" in output
     assert output.count("error: the ") == 2 and "continue from that checkpoint with --auto_reload" in output
     assert_no_traceback(output)
@@ -90,7 +90,7 @@ def test_bad_loss_on_one_rank_stops_all_within_print_freq_steps(recipe: tuple, t
     """Rank 1 alone takes an absurd first step, so its loss overflows in the second one, before that of rank 0."""
     flags = (*recipe, "--epochs", 1, "--print-freq", 3)
     with Ranks(*flags, folder=tmp_path, rank_flags={1: ["--lr", "1e38"]}) as run:
-        output = run.expect(utils.EXIT_NON_FINITE, timeout=60)
+        output = run.expect(entry.EXIT_NON_FINITE, timeout=60)
     assert output.count("error: the loss is not finite since epoch 0, step 1: training stops") == 2, output
     assert "[0/4]" in run.output(0) and "[3/4]" not in run.output(0)
     assert_no_traceback(output)
@@ -101,7 +101,7 @@ def test_weights_that_are_not_finite_are_never_saved(recipe: tuple, tmp_path: Pa
     """Here nobody looks at the loss, as between two checks of a real run; the save looks at the weights."""
     flags = (*recipe, "--epochs", 3, "--opt", "sgd", "--lr", 1e38, "--print-freq", 1000, "--checkpoint-steps", 1)
     with Ranks(*flags, "--warmup-epochs", 1, folder=tmp_path) as run:
-        output = run.expect(utils.EXIT_NON_FINITE, timeout=90)
+        output = run.expect(entry.EXIT_NON_FINITE, timeout=90)
     assert len(re.findall("error: the weights are not finite after epoch 2, step [12]", output)) == 2, output
     for name in (checkpoints.CURRENT, checkpoints.PREVIOUS, checkpoints.BEST):
         assert is_finite(tmp_path / "out" / name)
@@ -121,7 +121,7 @@ def test_dead_or_silent_rank_ends_the_others_with_a_sentence(
         else:
             run.signal(number, rank=1)
         run.processes[0].join(60)
-        assert run.processes[0].exitcode == utils.EXIT_LOST_PEER, run.output()
+        assert run.processes[0].exitcode == entry.EXIT_LOST_PEER, run.output()
         assert "[rank 0] lost another process of this run" in run.output(0)
         assert_no_traceback(run.output())
 
@@ -149,7 +149,7 @@ def test_ctrl_c_leaves_no_process_behind(launcher: str, recipe: tuple) -> None:
         assert gone(everything)
     assert "[rank 0] interrupted" in done.stdout
     if launcher == "plain":
-        assert done.returncode == utils.EXIT_INTERRUPTED
+        assert done.returncode == entry.EXIT_INTERRUPTED
         assert_no_traceback(done.stdout)
     else:
         assert done.returncode == 1
@@ -167,7 +167,7 @@ def test_port_in_use_is_named(recipe: tuple, tmp_path: Path) -> None:
         port = occupied.getsockname()[1]
         flags = (*recipe, "--epochs", 1, "--dist-timeout", 3)
         with Ranks(*flags, folder=tmp_path, variables={"MASTER_PORT": str(port)}) as run:
-            run.expect(utils.EXIT_BAD_INPUT, timeout=60)
+            run.expect(entry.EXIT_BAD_INPUT, timeout=60)
             outputs = run.output(0), run.output(1)
     for output, reason in zip(
         outputs, ("the port is taken", "what listens there does not answer as rank 0 does"), strict=True
@@ -190,7 +190,7 @@ def test_corrupt_image_stops_with_its_path_or_is_skipped_and_counted(
     with Ranks(*flags, folder=tmp_path) as run:
         codes = run.finish(timeout=60)
     output = run.output()
-    assert sorted(codes) in ([utils.EXIT_BAD_INPUT, utils.EXIT_LOST_PEER], [utils.EXIT_BAD_INPUT] * 2), output
+    assert sorted(codes) in ([entry.EXIT_BAD_INPUT, entry.EXIT_LOST_PEER], [entry.EXIT_BAD_INPUT] * 2), output
     assert f"error: cannot read image {broken} (" in output and "--skip-bad-images N" in output
     assert_no_traceback(output)
     with Ranks(*flags, "--skip-bad-images", 1, folder=tmp_path) as run:
@@ -204,7 +204,7 @@ def test_killed_loader_process_ends_the_run_with_a_sentence(recipe: tuple, tmp_p
         run.wait_for("Epoch: [1]")
         os.kill(children(run.processes[1].pid)[0], signal.SIGKILL)
         codes = run.finish(timeout=60)
-    assert codes[1] == utils.EXIT_BAD_INPUT and codes[0] == utils.EXIT_LOST_PEER, run.output()
+    assert codes[1] == entry.EXIT_BAD_INPUT and codes[0] == entry.EXIT_LOST_PEER, run.output()
     assert "a worker process was killed" in run.output(1) and "--num_workers" in run.output(1)
 
 
@@ -228,7 +228,7 @@ def test_small_shared_memory_ends_the_run_with_a_sentence(recipe: tuple) -> None
     if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("no right to mount a small /dev/shm")
     with Run(["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", *words], environment()) as run:
-        done = expect(run, timeout=120, code=utils.EXIT_BAD_INPUT)
+        done = expect(run, timeout=120, code=entry.EXIT_BAD_INPUT)
     assert "shared memory (/dev/shm) is full" in done.stdout and "--shm-size" in done.stdout
     assert "error: loading images failed" in done.stdout
 
@@ -247,7 +247,7 @@ def test_full_disk_ends_all_ranks_with_a_sentence(recipe: tuple, small_disk: Pat
             ballast.write_bytes(bytes(8 << 20))
         except OSError:
             pass
-        output = run.expect(utils.EXIT_BAD_INPUT, timeout=60)
+        output = run.expect(entry.EXIT_BAD_INPUT, timeout=60)
     assert "No space left on device" in output and "free some space" in output
     path, saved = checkpoints.latest(str(folder))
     assert saved["epoch"] >= 0 and is_finite(path)
@@ -267,7 +267,7 @@ def test_output_dir_that_cannot_be_written_ends_all_ranks_before_training(
     for bad in (small_disk / "out", tmp_path / "file" / "out"):
         (tmp_path / "file").write_text("")
         with Ranks(*recipe, "--output_dir", bad, "--epochs", 1, folder=tmp_path) as run:
-            output = run.expect(utils.EXIT_BAD_INPUT, timeout=60)
+            output = run.expect(entry.EXIT_BAD_INPUT, timeout=60)
         assert output.count(f"error: --output_dir {bad}: nothing can be written there") == 2, output
         assert "Epoch: [0]" not in output
 
@@ -280,6 +280,6 @@ def test_ranks_that_find_different_checkpoints_stop(recipe: tuple, tmp_path: Pat
     (tmp_path / "other").mkdir()
     other = {1: ["--output_dir", str(tmp_path / "other")]}
     with Ranks(*recipe, "--epochs", 2, folder=tmp_path, rank_flags=other) as run:
-        output = run.expect(utils.EXIT_BAD_INPUT, timeout=60)
+        output = run.expect(entry.EXIT_BAD_INPUT, timeout=60)
     assert "the checkpoint found (file, epoch, step) differs between the processes" in output
     assert_no_traceback(output)

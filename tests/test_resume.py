@@ -15,8 +15,8 @@ from runs import Run, command, expect, tiny_tree
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoints
+import entry
 import reporting
-import utils
 from oversmoothing.weights import read_checkpoint
 
 EPOCHS, STEPS = 5, 4  # steps of an epoch, for two processes
@@ -135,7 +135,7 @@ def _killed_run_has_finished(flags: tuple, folder: Path, rng: random.Random, kil
             codes = run.finish(timeout=60)
             if codes == [0, 0]:
                 return True
-            assert codes[1 - victim] in (utils.EXIT_LOST_PEER, utils.EXIT_BAD_INPUT, 0), run.output()
+            assert codes[1 - victim] in (entry.EXIT_LOST_PEER, entry.EXIT_BAD_INPUT, 0), run.output()
         else:
             run.kill()
         kills[moment] += 1
@@ -185,7 +185,7 @@ def test_three_processes_resume_exactly(recipe: tuple, tmp_path: Path) -> None:
             if folder == folders[1]:
                 run.wait_for("Epoch: [1]  [1/")
                 run.signal(signal.SIGTERM, rank=2)
-                run.expect(utils.EXIT_PREEMPTED)
+                run.expect(entry.EXIT_PREEMPTED)
             else:
                 run.expect(0)
     with Ranks(*flags, "--output_dir", folders[1], folder=folders[1], processes=3) as run:
@@ -221,7 +221,7 @@ def test_signal_to_one_rank_saves_and_ends_all(
     with Ranks(*flags, folder=tmp_path) as run:
         run.wait_for(text)
         run.signal(number, rank)
-        output = run.expect(utils.EXIT_PREEMPTED, timeout=30)
+        output = run.expect(entry.EXIT_PREEMPTED, timeout=30)
     assert output.count("stopped by a signal after epoch") == 2 and "Traceback" not in output
     with Ranks(*flags, folder=tmp_path) as run:
         assert "auto-reload: continuing from" in run.expect(0)
@@ -240,7 +240,7 @@ def test_signal_during_the_evaluation_saves_the_trained_epoch(recipe: tuple, tmp
     with Ranks(*flags, "--output_dir", stopped, folder=stopped) as run:
         run.wait_for("Test:  [ 1/")
         run.signal(signal.SIGTERM, rank=1)
-        assert "stopped by a signal after epoch 0, step 3" in run.expect(utils.EXIT_PREEMPTED, timeout=30)
+        assert "stopped by a signal after epoch 0, step 3" in run.expect(entry.EXIT_PREEMPTED, timeout=30)
     saved = read_checkpoint(str(stopped / checkpoints.CURRENT))
     assert (saved["epoch"], saved["step"]) == (-1, STEPS)
     with Ranks(*flags, "--output_dir", stopped, folder=stopped) as run:
@@ -309,7 +309,7 @@ def test_other_world_or_batch_size_is_allowed_with_a_warning(
     with Ranks(*flags, folder=tmp_path) as run:
         run.wait_for("Epoch: [1]  [1/4]")
         run.signal(signal.SIGTERM, rank=0)
-        run.expect(utils.EXIT_PREEMPTED)
+        run.expect(entry.EXIT_PREEMPTED)
     with Ranks(*flags, *change, folder=tmp_path, processes=processes) as run:
         output = run.expect(0)
     changed = "'world_size': '2 -> 1'" if processes == 1 else "'batch_size': '8 -> 4'"
@@ -326,5 +326,5 @@ def test_two_runs_cannot_write_into_one_folder(recipe: tuple, tmp_path: Path) ->
     with Ranks(*flags, "--epochs", 100000, folder=tmp_path, processes=1) as first:
         first.wait_for("Epoch: [1]")
         with Ranks(*flags, "--dist-timeout", 10, folder=tmp_path) as second:
-            output = second.expect(utils.EXIT_BAD_INPUT, timeout=120)
+            output = second.expect(entry.EXIT_BAD_INPUT, timeout=120)
     assert output.count(f"--output_dir {tmp_path}: another run is writing there") == 2

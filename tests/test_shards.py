@@ -24,7 +24,7 @@ from test_resume import assert_same_results
 from torch.utils.data import DataLoader
 
 import datasets
-import utils
+import entry
 from readers import archives, shards
 from readers.archives import DataError
 from readers.loader import AddressedDataset, build_loader
@@ -288,7 +288,7 @@ def test_a_run_on_remote_shards_that_was_stopped_ends_with_the_same_bits(server:
     with Ranks(*flags, "--num_workers", 2, "--output_dir", stopped, folder=stopped) as run:
         run.wait_for("Epoch: [1]  [1/4]")
         run.signal(signal.SIGTERM, rank=1)
-        run.expect(utils.EXIT_PREEMPTED)
+        run.expect(entry.EXIT_PREEMPTED)
     with Ranks(*flags, "--num_workers", 1, "--output_dir", stopped, folder=stopped) as run:
         assert "auto-reload: continuing from" in run.expect(0)
     assert_same_results(stopped, whole, epochs=2)

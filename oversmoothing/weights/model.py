@@ -64,13 +64,16 @@ def create_model(
     kwargs = dict(model_kwargs or {})
     if num_classes is not None:
         kwargs.setdefault("num_classes", num_classes)
-    if input_size is not None and timm.get_pretrained_cfg(name).fixed_input_size:
+    config = timm.get_pretrained_cfg(name)  # None for timm's former names
+    if input_size is not None and config is not None and config.fixed_input_size:
         kwargs.setdefault("img_size", input_size)
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except (TypeError, AssertionError) as error:
+    except Exception as error:  # a constructor's complaint can be of any kind
+        reason = next(iter(str(error).strip().splitlines()), "")
         raise ModelError(
-            f"--model {name} cannot be built from {kwargs} (--model-kwargs, --drop, --drop-path, --input-size): {error}"
+            f"--model {name} cannot be built from {kwargs} (--model-kwargs, --drop, --drop-path, --input-size): "
+            f"{type(error).__name__}: {reason}"
         ) from error
 
 

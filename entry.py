@@ -1,0 +1,128 @@
+"""How a command begins and ends: signals, standard streams, exit codes. It imports nothing that takes time.
+
+A training run imports for seconds before it can do anything, and its libraries still have threads when it ends.
+All that time a command answers Ctrl-C and the signals of a cluster with one sentence and an exit code.
+"""
+
+import atexit
+import errno
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn, TextIO
+
+EXIT_BAD_INPUT = 2  # a flag or a file is wrong; running again as it stands will not help
+EXIT_NON_FINITE = 3  # the loss became infinite or not a number
+EXIT_LOST_PEER = 4  # another process of the run died or fell silent; this one could not go on alone
+EXIT_INTERRUPTED = 130  # Ctrl-C
+EXIT_PREEMPTED = 75  # stopped by SIGTERM or SIGUSR1; the same command with --auto_reload continues
+
+
+def launcher_rank() -> str:
+    """This process's rank as the launcher gave it, for messages."""
+    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+
+
+def answer_signals(importing: bool = True) -> None:
+    """Ctrl-C ends the process with a sentence, SIGTERM and SIGUSR1 end it as a preemption.
+
+    Args:
+        importing: Whether Ctrl-C ends the process at once; otherwise the first one raises ``KeyboardInterrupt``.
+    """
+    signal.signal(signal.SIGINT, _end_interrupted if importing else _interrupt)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _end_preempted)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, _end_interrupted)  # who presses it again does not want to wait
+    raise KeyboardInterrupt
+
+
+def _end_interrupted(number: int, frame: FrameType | None) -> None:
+    _end("interrupted", EXIT_INTERRUPTED)
+
+
+def _end_preempted(number: int, frame: FrameType | None) -> None:
+    _end("stopped by a signal before training began; the same command begins again", EXIT_PREEMPTED)
+
+
+def _end(sentence: str, code: int) -> NoReturn:
+    try:  # not print(): the signal may have come within one
+        os.write(2, f"[rank {launcher_rank()}] {sentence}\n".encode())
+    finally:
+        os._exit(code)
+
+
+class Console:
+    """A standard stream whose reader may leave (``| head -1``) or whose disk may fill up; the command goes on.
+
+    Args:
+        stream: Standard output or standard error.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.failure: OSError | None = None
+
+    def write(self, text: str) -> int:
+        """Writes ``text``, or drops it once the stream has failed."""
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            return self._give_up(error) or len(text)
+
+    def flush(self) -> None:
+        """As of any stream."""
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self.failure = self.failure or error
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())  # also for what is in the buffer, and for child processes
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def run(command: Callable[[], int | None]) -> NoReturn:
+    """Runs a command and ends the process with its exit code.
+
+    The interpreter is not taken down: threads of torch that are still at work then (a rendezvous that nobody came to)
+    would abort the process with a code of their own.
+
+    Args:
+        command: Returns its exit code; None: 0.
+    """
+    answer_signals(importing=False)
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is not None:  # None where it was closed
+            stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, Console(stream))
+    try:
+        code = command() or 0
+    except SystemExit as left:  # argparse's way out
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+        print(f"[rank {launcher_rank()}] interrupted", file=sys.stderr)
+    except BaseException:  # a fault of this repository
+        code = 1
+        traceback.print_exc()
+    atexit._run_exitfuncs()  # ends loader processes, among others
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    failure = getattr(sys.stdout, "failure", None)
+    if failure is not None and failure.errno != errno.EPIPE and code == 0:
+        code = EXIT_BAD_INPUT
+        print(f"error: standard output cannot be written ({failure.strerror}): free some space there", file=sys.stderr)
+        sys.stderr.flush()
+    os._exit(code)

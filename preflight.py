@@ -1,0 +1,179 @@
+"""Builds everything that the flags describe, small and without data, before a run touches anything.
+
+Whatever a constructor of torch, torchvision or timm complains about becomes one sentence with the flags at fault. So a
+mistyped value ends a run in its first second, not after its data set was listed or its first epoch was trained.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from PIL import Image
+from timm.data import resolve_data_config
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+import build
+import datasets
+import fastload
+import losses
+import optim
+import utils
+from datasets import DataError, DataOptions
+from options import ArgumentError, get_args_parser, mixup_active, spell
+from oversmoothing.weights import ModelError
+
+ANY_CLASSES = 3  # while the data set has not been counted
+OWN_ERRORS = (ArgumentError, DataError, ModelError, utils.SetupError)  # they name the flag already
+MODEL_FLAGS = ("model", "model_kwargs", "input_size", "drop", "drop_path", "grad_checkpointing", "num_classes")
+OPTIMIZER_FLAGS = ("opt", "opt_eps", "opt_betas", "momentum", "weight_decay", "lr")
+SCHEDULE_FLAGS = (
+    *("sched", "lr", "epochs", "warmup_epochs", "warmup_lr", "min_lr", "decay_epochs", "decay_rate"),
+    *("lr_noise", "lr_noise_pct", "lr_noise_std", "batch_size", "grad_accum"),
+)
+AUGMENTATION_FLAGS = ("aa", "color_jitter", "hflip", "train_interpolation", "reprob", "remode", "recount", "input_size")
+MIXING_FLAGS = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "smoothing")
+
+
+def check_flags(args: argparse.Namespace, world_size: int = 1) -> nn.Module:
+    """Builds and uses once, on a small scale, what ``args`` describe; call it after ``check_args``.
+
+    Args:
+        args: The parsed arguments.
+        world_size: Processes of the run; the learning rate grows with them.
+
+    Returns:
+        The model of ``--model`` on the meta device, for its data configuration.
+
+    Raises:
+        ArgumentError: If a flag has no meaning, with its value.
+        ModelError: If the model does not exist or cannot be built.
+    """
+    with blame(args, *MODEL_FLAGS):
+        model = build_on_meta(args)
+    data_config = resolve_data_config({}, model=model)
+    options = DataOptions.from_args(args)
+    with blame(args, "eval_crop_ratio", "input_size"):
+        datasets.build_transform(False, options, data_config)
+    if args.eval or args.throughput:
+        return model
+    with blame(args, *AUGMENTATION_FLAGS):
+        augment_once(args, options, data_config)
+    with blame(args, *MIXING_FLAGS):
+        mix_once(args)
+    lr = optim.scaled_lr(args, world_size)
+    with blame(args, *SCHEDULE_FLAGS):
+        plan = optim.lr_plan(args, lr)
+        if not all(math.isfinite(rate) and rate >= 0 for rate in (lr, *plan)):
+            raise ValueError("a learning rate is negative or not finite")
+    with blame(args, *OPTIMIZER_FLAGS):
+        step_once(args)
+    if args.layer_decay is not None:
+        with blame(args, "layer_decay", "model"):
+            param_groups_layer_decay(model, layer_decay=args.layer_decay)
+    return model
+
+
+@contextmanager
+def blame(args: argparse.Namespace, *names: str) -> Iterator[None]:
+    """Any exception within becomes a sentence with those of the flags ``names`` that were given, or else the first.
+
+    Raises:
+        ArgumentError: In its place; errors that name a flag already pass.
+    """
+    try:
+        yield
+    except OWN_ERRORS:
+        raise
+    except Exception as error:  # a constructor's complaint can be of any kind
+        defaults = get_args_parser().parse_args([])
+        given = [name for name in names if getattr(args, name) != getattr(defaults, name)] or names[:1]
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise ArgumentError(
+            f"{spell(args, *given)}: not possible ({type(error).__name__}: {reason}); change one of these values, or "
+            "leave it out for the default"
+        ) from error
+
+
+def build_on_meta(args: argparse.Namespace) -> nn.Module:
+    """The model and its teacher, without memory for weights, each after a forward pass that gives logits."""
+    models = [("--model", _on_meta(lambda: build.build_model(args, args.num_classes or ANY_CLASSES)))]
+    if args.distillation_type != "none":
+        models.append(
+            ("--teacher-model", _on_meta(lambda: build.create_teacher(args, args.num_classes or ANY_CLASSES)))
+        )
+    for flag, model in models:
+        given = f"{args.model} {spell(args, 'model_kwargs')}" if flag == "--model" else args.teacher_model
+        _check_logits(f"{flag} {given}", model, args)
+    return models[0][1]
+
+
+def _on_meta(build_it) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return build_it()
+    except (ModelError, NotImplementedError, RuntimeError):  # some models of timm compute while they are built
+        return build_it().to("meta")
+
+
+def _check_logits(what: str, model: nn.Module, args: argparse.Namespace) -> None:
+    classes = args.num_classes or ANY_CLASSES
+    images = torch.empty(2, 3, args.input_size, args.input_size, device="meta")
+    try:
+        with torch.inference_mode():
+            logits = model.eval()(images)
+    except NotImplementedError:  # an operator that knows no meta device
+        return
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise ModelError(
+            f"{what} takes no RGB images of {args.input_size} pixels ({type(error).__name__}: {reason}): give another "
+            "--input-size or --model-kwargs"
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ModelError(
+            f"{what} gives no logits of {classes} classes for each image, but {found}: change --model-kwargs"
+        )
+
+
+def augment_once(args: argparse.Namespace, options: DataOptions, data_config: dict) -> None:
+    """The training transform, each operation of its policy, and what the device does, on one small picture."""
+    build_transform = (
+        fastload.build_transform if args.fast_loader else lambda *given: datasets.build_transform(True, *given)
+    )
+    transform = build_transform(options, data_config)
+    side = args.input_size if args.input_size <= 32 else min(args.input_size, 64)
+    picture = Image.linear_gradient("L").resize((side, side)).convert("RGB")
+    for step in transform.transforms:  # a policy of timm draws some of its operations for each image
+        for operation in (*getattr(step, "ops", ()), *chain.from_iterable(getattr(step, "policy", ()))):
+            operation.prob = 1.0
+            operation(picture)
+    result = picture
+    for step in build_transform(options, data_config).transforms[1:]:  # the first one crops to --input-size
+        result = step(result)
+    if args.fast_loader:
+        fastload.build_device_transform(options, data_config)(result[None])
+
+
+def mix_once(args: argparse.Namespace) -> None:
+    """Mixing and the criterion, on a batch of two one-channel pictures."""
+    classes = args.num_classes or ANY_CLASSES
+    mixup = build.build_mixup(args, classes)
+    targets = torch.tensor([0, classes - 1])
+    if mixup is not None:
+        _, targets = mixup(torch.zeros(2, 1, args.input_size, args.input_size), targets)
+    criterion = losses.build_criterion(mixup_active=mixup_active(args), smoothing=args.smoothing)
+    criterion(None, torch.zeros(2, classes), targets)
+
+
+def step_once(args: argparse.Namespace) -> None:
+    """One step of the optimizer: some look at their arguments only there."""
+    probe = nn.Linear(2, 2)
+    optimizer = optim.build_optimizer(argparse.Namespace(**(vars(args) | {"layer_decay": None})), probe, args.lr)
+    for parameter in probe.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
