@@ -244,6 +244,9 @@ def _auto_augment_policy(aa: str | None) -> str | None:
         raise DataError(
             f"--aa {aa!r} is no augmentation policy: use for example 'rand-m9-mstd0.5-inc1', 'original', or 'none'"
         )
+    for section in aa.split("-")[1:]:  # timm passes over those
+        if not section.startswith("t") and not any(map(str.isdigit, section)):
+            raise DataError(f"--aa {aa!r}: {section!r} has no number: use for example 'rand-m9-mstd0.5-inc1'")
     return aa
 
 
@@ -562,7 +565,9 @@ def count_classes(options: DataOptions, is_train: bool = True) -> int:
         DataError: If the data are not there or not usable.
     """
     if options.data_set == "wds":
-        return len(shards.class_names(_shards_root(options)))
+        root = _shards_root(options)
+        unnamed = options.num_classes is not None and not shards.read_info(root)[0].get("classes")
+        return options.num_classes if unnamed else len(shards.class_names(root))
     root = _check_root(options)
     if options.data_set in ("CIFAR", "CIFAR10", "FMNIST"):
         return NOMINAL_CLASSES[options.data_set]

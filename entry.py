@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
@@ -90,6 +91,31 @@ class Console:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def explained(command: Callable[[], int | None], *errors: type[Exception]) -> int:
+    """Runs a command; what its user can correct is one sentence and an exit code.
+
+    Args:
+        command: Returns its exit code; None: 0.
+        *errors: Classes of the errors that are sentences.
+    """
+    try:
+        return command() or 0
+    except errors as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def user_path(text: str) -> Path:
+    """A path from the command line, with ``~`` for the user's home also where the shell leaves it (``--output=~/x``).
+
+    Raises:
+        ValueError: If there can be no such path.
+    """
+    if "\0" in text:
+        raise ValueError("a path has no null character")
+    return Path(text).expanduser()
 
 
 def run(command: Callable[[], int | None]) -> NoReturn:

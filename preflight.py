@@ -54,12 +54,18 @@ def check_flags(args: argparse.Namespace, world_size: int = 1) -> nn.Module:
     """
     with blame(args, *MODEL_FLAGS):
         model = build_on_meta(args)
+    check_recipe(args, model, world_size)
+    return model
+
+
+def check_recipe(args: argparse.Namespace, model: nn.Module, world_size: int = 1) -> None:
+    """The part of :func:`check_flags` that follows the model: transforms, mixing, rates and optimizer."""
     data_config = resolve_data_config({}, model=model)
     options = DataOptions.from_args(args)
     with blame(args, "eval_crop_ratio", "input_size"):
         datasets.build_transform(False, options, data_config)
     if args.eval or args.throughput:
-        return model
+        return
     with blame(args, *AUGMENTATION_FLAGS):
         augment_once(args, options, data_config)
     with blame(args, *MIXING_FLAGS):
@@ -74,7 +80,6 @@ def check_flags(args: argparse.Namespace, world_size: int = 1) -> nn.Module:
     if args.layer_decay is not None:
         with blame(args, "layer_decay", "model"):
             param_groups_layer_decay(model, layer_decay=args.layer_decay)
-    return model
 
 
 @contextmanager

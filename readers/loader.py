@@ -7,21 +7,29 @@ by ``start_workers``, before the main process has any thread that enters Python:
 of logs and the threads that fetch shards.
 """
 
+import errno
 import os
+import pickle
 import random
+import resource
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from .archives import DataError
+
+FILES_OF_A_WORKER, OTHER_FILES = 8, 64  # open in the main process: pipes and batches of a worker; everything else
+_workers: WeakKeyDictionary[DataLoader, list] = WeakKeyDictionary()  # of the loaders that are running
 
 
 class AddressedDataset(Dataset):
@@ -120,14 +128,32 @@ class _Pausable(Sampler):
 
 
 def start_workers(loader: DataLoader) -> None:
-    """Forks the workers of a loader from :func:`build_loader` now, without work; they get it with the first epoch."""
+    """Forks the workers of a loader from :func:`build_loader` now, without work; they get it with the first epoch.
+
+    Raises:
+        DataError: If this process may not open enough files.
+    """
     if loader.num_workers == 0:
         return
+    running = sum(map(len, _workers.values()))
+    _allow_open_files(OTHER_FILES + FILES_OF_A_WORKER * (running + loader.num_workers), loader.num_workers)
     loader.sampler.paused = True
     try:
-        iter(loader)  # which the loader keeps: its workers are persistent
+        _workers[loader] = iter(loader)._workers  # the loader keeps the iterator: its workers are persistent
     finally:
         loader.sampler.paused = False
+
+
+def _allow_open_files(number: int, workers: int) -> None:
+    """Raises the limit of open files to ``number``, as far as the system lets this user."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < number:
+        raise DataError(
+            f"--num_workers {workers}: about {number} open files are needed, the limit is {hard}: raise it "
+            "(ulimit -n 4096), or lower --num_workers"
+        )
+    if soft != resource.RLIM_INFINITY and soft < number:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
 
 
 def _leave_signals_to_main(worker_id: int) -> None:
@@ -163,26 +189,44 @@ def _end_when_main_asks(main: int) -> None:
 
 @contextmanager
 def explain_loader_errors() -> Iterator[None]:
-    """Around a loop over a loader: says what to do when workers die or shared memory is full.
+    """Around a loop over a loader: says what to do when workers die, or shared memory or open files run out.
 
     Raises:
-        DataError: In place of torch's ``RuntimeError`` or ``OSError`` about either.
+        DataError: In place of the error that it shows in: torch's ``RuntimeError``, or whatever the pipe or socket to a
+            worker raises that died while it handed over a batch.
     """
     try:
         yield
-    except (RuntimeError, OSError, EOFError) as error:
-        # torch reports "exited unexpectedly" and names the signal in the cause.
-        text = str(error.__cause__ or error)
-        if isinstance(error, EOFError | ConnectionError):  # the worker died while it handed over a batch
-            text = "DataLoader worker exited unexpectedly, its connection is closed"
-        shared_memory = any(sign in text for sign in ("Bus error", "shared memory", "shm", "No space left on device"))
-        if "DataLoader worker" not in text or not (shared_memory or "killed by" in text or "exited unexp" in text):
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        advice = _advice(error)
+        if advice is None:
             raise
-        cause = (
-            "shared memory (/dev/shm) is full: make it bigger (docker run --shm-size=16g)"
-            if shared_memory
-            else "a worker process was killed, often because memory ran out"
+        reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
+        raise DataError(f"loading images failed, {advice}: {reason}") from error
+
+
+def _advice(error: Exception) -> str | None:
+    # torch reports "exited unexpectedly" and names the signal in the cause.
+    text = str(error.__cause__ or error)
+    if getattr(error, "errno", None) == errno.EMFILE or "Too many open files" in text:
+        return "too many files are open: raise the limit (ulimit -n 4096), or lower --num_workers"
+    of_worker = "DataLoader worker" in text
+    full = any(sign in text for sign in ("Bus error", "shared memory", "shm", "No space left on device"))
+    if (of_worker and full) or (not isinstance(error, RuntimeError) and _died() == signal.SIGBUS):
+        return (
+            "shared memory (/dev/shm) is full: make it bigger (docker run --shm-size=16g), or lower --num_workers "
+            "(0 needs none)"
         )
-        raise DataError(
-            f"loading images failed, {cause}; or lower --num_workers (0 needs no shared memory): {text.splitlines()[0]}"
-        ) from error
+    if of_worker and ("killed by" in text or "exited unexp" in text):
+        return "a worker process was killed, often because memory ran out: lower --num_workers"
+    if not isinstance(error, RuntimeError) and _died():
+        return "a worker process was killed during a hand-over, often because memory ran out: lower --num_workers"
+    return None
+
+
+def _died() -> int | None:
+    """The signal that a worker has died of, None if all are well; one that is just dying is given a second."""
+    processes = [process for workers in _workers.values() for process in workers]
+    if processes:
+        wait([process.sentinel for process in processes], timeout=1)
+    return next((-process.exitcode for process in processes if (process.exitcode or 0) < 0), None)

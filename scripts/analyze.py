@@ -12,22 +12,28 @@ and .png. docs/analysis.md explains each quantity.
 """
 
 import argparse
+import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import entry
+
+if __name__ == "__main__":
+    entry.answer_signals()
+
 import timm
 import torch
-from timm.utils import ParseKwargs
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import models  # noqa: F401  (registers the zoo with timm)
 from datasets import DATA_SETS, build_transform, load_image
+from options import RANGES, KeyValues
 from oversmoothing.analysis.figures import Picture
 from oversmoothing.analysis.measurement import measure
 from oversmoothing.analysis.report import write_analysis
@@ -35,6 +41,7 @@ from oversmoothing.analysis.results import Result, write_csv
 from oversmoothing.analysis.subject import RANDOM_WEIGHTS, ModelSpec, Subject, build_subject, unique_labels
 from oversmoothing.analysis.token_map import draw_token_maps, token_map, token_map_rows
 from scripts.analysis_images import build_loader, options_of
+from utils import SetupError, resolve_device
 
 
 class _AddModel(argparse.Action):
@@ -51,8 +58,8 @@ class _OfLastModel(argparse.Action):
         setattr(namespace.models[-1], self.dest, True if self.nargs == 0 else values)
 
 
-class _KwargsOfLastModel(ParseKwargs):
-    """timm's KEY=VALUE parser, stored in the --model before it."""
+class _KwargsOfLastModel(KeyValues):
+    """main.py's KEY=VALUE parser, stored in the --model before it."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         holder = argparse.Namespace()
@@ -67,6 +74,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--model", action=_AddModel, dest="models", metavar="NAME", help="of this zoo or of timm")
     group.add_argument(
         "--resume",
+        type=os.path.expanduser,
         action=_OfLastModel,
         default=argparse.SUPPRESS,
         metavar="FILE",
@@ -112,7 +120,13 @@ def get_parser() -> argparse.ArgumentParser:
         default="all",
         help="tokens in the feature quantities: the whole sequence, as in the paper, or patches only",
     )
-    group.add_argument("--image", default=None, metavar="FILE", help="one image: the attention of --layer over it")
+    group.add_argument(
+        "--image",
+        type=os.path.expanduser,
+        default=None,
+        metavar="FILE",
+        help="one image: the attention of --layer over it",
+    )
     group.add_argument(
         "--layer",
         type=int,
@@ -122,7 +136,14 @@ def get_parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", "--output-dir", default="analysis", metavar="DIR", help="default: analysis")
+    group.add_argument(
+        "--output_dir",
+        "--output-dir",
+        type=os.path.expanduser,
+        default="analysis",
+        metavar="DIR",
+        help="default: analysis",
+    )
     group.add_argument("--device", default="auto", metavar="NAME", help="auto (CUDA if there is a GPU), cuda or cpu")
     group.add_argument(
         "--batch-size",
@@ -149,9 +170,16 @@ def check_args(args: argparse.Namespace) -> None:
         problems.append("--data-path is missing: give a folder of images (or --image FILE for one image's maps)")
     if args.data_set and not args.data_path:
         problems.append(f"--data-set {args.data_set} needs --data-path, the folder of its files")
-    for flag, least in (("batch_size", 1), ("num_images", 0), ("num_workers", 0)):
-        if getattr(args, flag) < least:
-            problems.append(f"--{flag.replace('_', '-')} must be {least} or more, got {getattr(args, flag)}")
+    ranges = {"batch_size": 1, "num_images": 0, "num_workers": 0, "seed": 0, "input_size": 1}
+    for flag, least in ranges.items():
+        value = getattr(args, flag)
+        if value is not None and not least <= value < 2**62:
+            problems.append(f"--{flag.replace('_', '-')} {value}: give a whole number, {least} or more")
+    ratio = args.eval_crop_ratio
+    if ratio is not None and not RANGES["eval_crop_ratio"].holds(ratio):
+        problems.append(f"--eval-crop-ratio {ratio}: give a number {RANGES['eval_crop_ratio']}")
+    if Path(args.output_dir).is_file():
+        problems.append(f"--output_dir {args.output_dir} is a file: give a folder")
     for spec in args.models or []:
         if not timm.is_model(spec.name):
             problems.append(f"--model {spec.name}: neither this zoo nor timm knows it; timm.list_models() lists all")
@@ -206,17 +234,38 @@ def main(args: argparse.Namespace) -> Path:
         ValueError: With one sentence about the flag, the model or the data at fault.
     """
     check_args(args)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    device = torch.device(resolve_device(args.device))
     subjects = build_subjects(args, device)
     for subject in subjects:
+        check_input(subject, device)
+        if args.image and not -len(subject.layers) <= args.layer < len(subject.layers):
+            raise ValueError(f"--layer {args.layer}: {subject.label} has {len(subject.layers)} of them, counted from 0")
         if subject.weights == RANDOM_WEIGHTS:
             print(f"note: {subject.label} has random weights: give it --resume or --pretrained", file=sys.stderr)
-    folder = Path(args.output_dir).expanduser()
+    folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     results = measure_images(args, subjects, device) if args.data_path else []
     pictures = [draw_image(args, subjects, device, folder)] if args.image else []
     settings = describe_settings(args, device, results[0].num_images if results else 0)
     return write_analysis(results, folder, settings, pictures)
+
+
+def check_input(subject: Subject, device: torch.device) -> None:
+    """Passes one empty image through a model, before any image is read.
+
+    Raises:
+        ValueError: If it does not take images of that size.
+    """
+    image = torch.zeros(1, 3, subject.input_size, subject.input_size, device=device)
+    try:
+        with torch.inference_mode():
+            subject.model(image)
+    except Exception as error:  # a model's complaint can be of any kind
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"--model {subject.name} takes no RGB images of {subject.input_size} pixels ({reason}): give another "
+            "--input-size or --model-kwargs"
+        ) from error
 
 
 def draw_image(args: argparse.Namespace, subjects: Sequence[Subject], device: torch.device, folder: Path) -> Picture:
@@ -235,9 +284,11 @@ def draw_image(args: argparse.Namespace, subjects: Sequence[Subject], device: to
     return Picture("token_map.png", f"Attention over {Path(args.image).name}", caption, draw_token_maps(maps))
 
 
+def cli() -> int:
+    """Command line; see the head of this file. Returns the exit code."""
+    args = get_parser().parse_args()
+    return entry.explained(lambda: print(f"wrote {main(args)}"), ValueError, OSError, SetupError)
+
+
 if __name__ == "__main__":
-    parser = get_parser()
-    try:
-        print(f"wrote {main(parser.parse_args())}")
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+    entry.run(cli)

@@ -25,19 +25,27 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import entry
+
+if __name__ == "__main__":
+    entry.answer_signals()
+
 import timm
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure  # without pyplot: no display and no global state
-from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import models  # noqa: F401  (registers the zoo with timm)
 import oversmoothing
+from options import KeyValues, spell
+from oversmoothing.weights import check_model_name, create_model
 from scripts.benchmark_data import data_table
 from scripts.benchmark_step import scaling_table, step_table
+from utils import SetupError, resolve_device
 
 MIB = 2**20
 
@@ -80,7 +88,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", metavar="NAME", help="no table: the speed, memory and MACs of this model")
     parser.add_argument("--bench", choices=("both", "infer", "train"), default="both", help="what of it")
-    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE")
     parser.add_argument("-b", "--batch-size", type=int, help="default: 8 for models (--quick: 2), 64 with --model")
     parser.add_argument("--img-size", type=int, help="default: that of the model")
     parser.add_argument(
@@ -99,10 +107,10 @@ def get_parser() -> argparse.ArgumentParser:
         default="wall",
         help="cpu: processor time of this process, for one thread on a machine that others use too",
     )
-    parser.add_argument("--results-file", type=Path, metavar="JSON")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the models table")
+    parser.add_argument("--results-file", type=entry.user_path, metavar="JSON")
+    parser.add_argument("--plot", type=entry.user_path, metavar="PNG", help="draw the models table")
     parser.add_argument(
-        "--read", type=Path, nargs="+", metavar="JSON", help="measure nothing: show the results of these --compare runs"
+        "--read", type=entry.user_path, nargs="+", metavar="JSON", help="measure nothing: show these --compare runs"
     )
     return parser
 
@@ -112,9 +120,9 @@ def get_parser() -> argparse.ArgumentParser:
 
 def build(name: str, img_size: int | None, device: torch.device, **kwargs: Any) -> nn.Module:
     """A model with the parameters of its remedy drawn at random: at zero some of their work could be skipped."""
-    if img_size is not None:
-        kwargs["img_size"] = img_size
-    model = timm.create_model(name, **kwargs).to(device)
+    model = create_model(name, input_size=img_size, model_kwargs=kwargs).to(device)
+    if not hasattr(model, "patch_embed"):
+        raise ValueError(f"{name} is no vision transformer: give a model with patches")
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if oversmoothing.is_remedy_parameter(parameter_name):
@@ -393,21 +401,69 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     return machine
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """Gathers everything wrong with the flags and raises once, before anything is measured.
+
+    Raises:
+        ValueError: One line a problem.
+        ModelError: If a model does not exist.
+        SetupError: If a device does not exist.
+    """
+    resolve_device(args.device)
+    for name in args.compare or ():
+        check_model_name(name, "--compare")
+    if args.model:
+        check_model_name(args.model)
+    problems = []
+    if unknown := set(args.only.split(",")) - set(TABLES):
+        problems.append(f"--only {args.only}: no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
+    for flag in ("batch_size", "img_size", "rounds", "num_bench_iter", "threads"):
+        value = getattr(args, flag)
+        values = value if isinstance(value, list) else [value]
+        if not all(number is None or 1 <= number <= 10**6 for number in values):
+            problems.append(f"{spell(args, flag)}: give a whole number, 1 or more")
+    if not 0 <= args.num_warm_iter <= 10**6:
+        problems.append(f"--num-warm-iter {args.num_warm_iter}: give a whole number, 0 or more")
+    if args.clock == "cpu" and not args.device.startswith("cpu"):
+        problems.append(f"--clock cpu --device {args.device}: processor time says nothing about another device")
+    for flag in ("results_file", "plot"):
+        path = getattr(args, flag)
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            problems.append(f"{spell(args, flag)}: give a file in a folder that is there")
+    if args.plot is not None and args.plot.suffix.lower() != ".png":
+        problems.append(f"--plot {args.plot}: give a file that ends in .png")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The models table of a ``--results-file``.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["models"]
+        format_rows(rows)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise ValueError(f"--read {path}: holds no models table: give what --compare --results-file wrote") from error
+    return rows
+
+
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Measures, prints and returns what ``--results-file`` gets.
 
     Raises:
-        ValueError: If ``--only`` names a table that does not exist.
+        ValueError: If a flag is wrong; further errors as :func:`check_args`.
     """
+    check_args(args)
     wanted = ["models"] if args.compare else args.only.split(",")
-    if unknown := set(wanted) - set(TABLES):
-        raise ValueError(f"--only {args.only}: no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
     results: dict[str, Any] = dict(
         command=shlex.join(["python", *sys.argv]), machine=describe_machine(torch.device(args.device))
     )
     print(json.dumps(results["machine"]))
     if args.read:
-        tables = [json.loads(file.read_text(encoding="utf-8"))["models"] for file in args.read]
+        tables = [read_results(file) for file in args.read]
         print(*map(format_rows, tables), sep="\n")
         results["models"] = [row for rows in tables for row in rows]
     elif args.model:
@@ -422,5 +478,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def cli() -> int:
+    """Command line; see the head of this file. Returns the exit code."""
+    args = get_parser().parse_args()
+    return entry.explained(lambda: main(args) and 0, ValueError, OSError, SetupError, torch.OutOfMemoryError)
+
+
 if __name__ == "__main__":
-    main(get_parser().parse_args())
+    entry.run(cli)

@@ -36,6 +36,7 @@ from readers.loader import build_loader, seeded
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
+import entry
 import fastload
 import samplers
 from readers import shards
@@ -249,7 +250,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="default 9 (--quick: 3)")
     parser.add_argument("-b", "--batch-size", type=int, default=64)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--results-file", type=Path, metavar="JSON")
+    parser.add_argument("--results-file", type=entry.user_path, metavar="JSON")
     args = parser.parse_args()
     rows = data_table(args)
     if args.results_file:
@@ -257,4 +258,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import build
 import datasets
 import engine
+import entry
 import fastload
 import options
 import utils
@@ -238,8 +239,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", help="of the one process; default: torch's")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="small batches, few steps")
-    parser.add_argument("--results-file", type=Path, metavar="JSON")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--results-file", type=entry.user_path, metavar="JSON")
+    parser.add_argument("--worker", type=entry.user_path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         _work(args)
@@ -250,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

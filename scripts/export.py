@@ -21,15 +21,15 @@ import timm
 import torch
 from safetensors.torch import load_file, save
 from timm.data import resolve_data_config
-from timm.utils import ParseKwargs
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, so it runs from any folder
 
 
 import datasets
+import entry
 import models  # noqa: F401  (registers the zoo with timm)
-from options import ArgumentError
+from options import ArgumentError, KeyValues
 from oversmoothing.weights import (
     CheckpointError,
     ModelError,
@@ -40,6 +40,7 @@ from oversmoothing.weights import (
     trained_with,
 )
 
+DESCRIPTION = {"model", "model_kwargs", "num_classes", "input_size", "weights"}  # keys of every description
 ENDINGS = (".safetensors", ".onnx", ".pt2")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSETS, OPSET = range(18, 24), 20  # what torch's exporter writes and onnxruntime reads; torch 2.14's own choice
@@ -128,6 +129,25 @@ def compare(model: nn.Module, exported: Callable[[Tensor], Tensor], shape: tuple
     }
 
 
+def check_description(output: Path) -> None:
+    """Refuses an ``--output`` whose ``.json`` is there already and is not the description of an export.
+
+    Raises:
+        ArgumentError: If it is somebody else's file (``package.json`` beside ``package.safetensors``).
+    """
+    path = output.with_suffix(".json")
+    if not path.exists():
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not (isinstance(content, dict) and DESCRIPTION <= content.keys()):
+        raise ArgumentError(
+            f"--output {output}: its description would overwrite {path}, which no export has written; give another name"
+        )
+
+
 def export(args: argparse.Namespace) -> dict[str, Any]:
     """Writes ``--output`` and its ``.json``, and returns the content of the latter.
 
@@ -142,6 +162,7 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
         raise ArgumentError(f"--output {output}: must end in one of {', '.join(ENDINGS)}")
     if not output.parent.is_dir():
         raise ArgumentError(f"--output {output}: there is no folder {output.parent}: make it first")
+    check_description(output)
     if args.opset is not None and suffix != ".onnx":
         raise ArgumentError(f"--opset {args.opset}: only an --output that ends in .onnx has one")
     absent = [name for name in ONNX_PACKAGES if suffix == ".onnx" and importlib.util.find_spec(name) is None]
@@ -208,9 +229,14 @@ def write_and_compare(model: nn.Module, about: dict[str, Any], path: Path) -> di
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="the checkpoint: a path, a URL or hf-hub:owner/name[/file]")
     parser.add_argument(
-        "--output", required=True, type=Path, help="the file to write: ends in .safetensors, .onnx or .pt2"
+        "--checkpoint",
+        required=True,
+        type=os.path.expanduser,
+        help="the checkpoint: a path, a URL or hf-hub:owner/name[/file]",
+    )
+    parser.add_argument(
+        "--output", required=True, type=entry.user_path, help="the file to write: ends in .safetensors, .onnx or .pt2"
     )
     parser.add_argument("--ema", action="store_true", help="export the EMA's weights instead of the model's")
     parser.add_argument(
@@ -220,7 +246,7 @@ def get_parser() -> argparse.ArgumentParser:
     model.add_argument("--model", metavar="NAME", help="as main.py's, where the checkpoint does not say it")
     model.add_argument("--num-classes", type=int, metavar="N", help="classes of its head")
     model.add_argument("--input-size", type=int, metavar="PX", help="side of its images; left out: the model's own")
-    model.add_argument("--model-kwargs", nargs="*", action=ParseKwargs, metavar="KEY=VALUE", help="as main.py's")
+    model.add_argument("--model-kwargs", nargs="*", action=KeyValues, metavar="KEY=VALUE", help="as main.py's")
     return parser
 
 
@@ -243,4 +269,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

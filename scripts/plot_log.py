@@ -9,8 +9,16 @@ top-1 accuracy of each run, which the legend names.
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import entry
+
+if __name__ == "__main__":
+    entry.answer_signals()
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no display and no global state
@@ -20,6 +28,7 @@ from matplotlib.ticker import MaxNLocator
 # Okabe and Ito's palette, told apart with any kind of colour vision; without its yellow, too faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+QUANTITIES = ("train_loss", "train_lr", "test_loss", "test_acc1", "test_ema_loss", "test_ema_acc1")
 FEW_EPOCHS = 12  # up to here every epoch gets a marker, so that a run of one epoch is visible
 
 
@@ -34,7 +43,8 @@ def read_log(source: Path) -> list[dict[str, float]]:
         source: The run's ``log.txt``, or the folder that holds it.
 
     Returns:
-        One dict an epoch. Of an epoch that occurs twice the later line counts; a last line cut short is left out.
+        One dict an epoch. Of an epoch that occurs twice the later line counts; a last line cut short is left out, and
+        so are values that are not finite.
 
     Raises:
         LogError: If there is no such file, or no epoch in it.
@@ -51,8 +61,8 @@ def read_log(source: Path) -> list[dict[str, float]]:
     for number, text in enumerate(lines, start=1):
         try:
             line = json.loads(text)
-            epochs[line["epoch"]] = line
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            epochs[_number_of(line)] = _checked(line)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number == len(lines) and epochs:
                 break
             raise LogError(
@@ -61,6 +71,22 @@ def read_log(source: Path) -> list[dict[str, float]]:
     if not epochs:
         raise LogError(f"{path}: holds no epoch yet: wait for the first one to end")
     return [epochs[epoch] for epoch in sorted(epochs)]
+
+
+def _number_of(line: dict) -> int:
+    epoch = line["epoch"]
+    if type(epoch) is not int or not 0 <= epoch < 2**31:
+        raise ValueError(f"no number of an epoch: {epoch!r}")
+    return epoch
+
+
+def _checked(line: dict) -> dict[str, float]:
+    """A line without what cannot be drawn because it is infinite or NaN; a word in a number's place is an error."""
+    for name in QUANTITIES:
+        value = line.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise TypeError(f"{name} is no number: {value!r}")
+    return {name: value for name, value in line.items() if not isinstance(value, float) or math.isfinite(value)}
 
 
 def run_names(sources: list[Path]) -> list[str]:
@@ -82,6 +108,8 @@ def draw(runs: dict[str, list[dict[str, float]]], output: Path, title: str = "")
         output: The PNG file; its folder must exist.
         title: Above the figure; empty: none.
     """
+    # A dollar sign is a dollar sign, not mathematics.
+    runs, title = {name.replace("$", r"\$"): epochs for name, epochs in runs.items()}, title.replace("$", r"\$")
     figure = Figure(figsize=(13, 8.6), layout="constrained")
     (loss, accuracy), (lr, close_up) = figure.subplots(2, 2)
     for index, (name, epochs) in enumerate(runs.items()):
@@ -160,7 +188,13 @@ def _finish(axes: Axes, title: str, unit: str, first: int, last: int) -> None:
 def _zoom(axes: Axes, runs: list[list[dict[str, float]]], first: int) -> None:
     """Fits the y axis to the accuracies from epoch ``first`` on."""
     keys = ("test_acc1", "test_ema_acc1")
-    shown = [line[key] for epochs in runs for line in epochs for key in keys if line["epoch"] >= first and key in line]
+    shown = [
+        line[key]
+        for epochs in runs
+        for line in epochs
+        for key in keys
+        if line["epoch"] >= first and line.get(key) is not None
+    ]
     if shown:
         margin = max(0.08 * (max(shown) - min(shown)), 0.1)
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
@@ -169,25 +203,29 @@ def _zoom(axes: Axes, runs: list[list[dict[str, float]]], first: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line; see the head of this file. Returns the exit code."""
     parser = argparse.ArgumentParser(description="Draw loss, accuracy and learning rate of runs from their log.txt.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's --output_dir, or its log.txt")
-    parser.add_argument("--output", type=Path, help="the PNG file (curves.png in the first run's folder)")
+    parser.add_argument(
+        "runs", type=entry.user_path, nargs="+", metavar="RUN", help="a run's --output_dir, or its log.txt"
+    )
+    parser.add_argument("--output", type=entry.user_path, help="the PNG file (curves.png in the first run's folder)")
     parser.add_argument("--names", nargs="+", help="names for the legend, one a run (the folders' names)")
     parser.add_argument("--title", default="", help="title of the figure (none)")
     args = parser.parse_args(argv)
+    return entry.explained(lambda: _main(args), LogError, OSError)
+
+
+def _main(args: argparse.Namespace) -> int:
     first = args.runs[0]
     output = args.output or (first if first.is_dir() else first.parent) / "curves.png"
     names = args.names or run_names(args.runs)
-    try:
-        if len(names) != len(args.runs):
-            raise LogError(f"--names {' '.join(names)}: {len(names)} names for {len(args.runs)} runs: give one a run")
-        if len(set(names)) != len(names):
-            raise LogError(f"{' '.join(names)}: a name twice: give each run once, or other --names")
-        runs = {name: read_log(source) for name, source in zip(names, args.runs, strict=True)}
-        output.parent.mkdir(parents=True, exist_ok=True)
-        draw(runs, output, args.title)
-    except (LogError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if output.suffix.lower() != ".png":
+        raise LogError(f"--output {output}: give a file that ends in .png")
+    if len(names) != len(args.runs):
+        raise LogError(f"--names {' '.join(names)}: {len(names)} names for {len(args.runs)} runs: give one a run")
+    if len(set(names)) != len(names):
+        raise LogError(f"{' '.join(names)}: a name twice: give each run once, or other --names")
+    runs = {name: read_log(source) for name, source in zip(names, args.runs, strict=True)}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draw(runs, output, args.title)
     for name, epochs in runs.items():
         print(f"{name}: {len(epochs)} epoch(s), top-1 {describe_best(_best(epochs))}")
     print(f"wrote {output}")
@@ -195,4 +233,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

@@ -14,8 +14,16 @@ Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", 
 import argparse
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import entry
+
+if __name__ == "__main__":
+    entry.answer_signals()
 
 import numpy as np
 from PIL import Image
@@ -95,19 +103,21 @@ def prepare_digits(output: Path) -> bool:
     return True
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line; see the head of this file."""
+def main(argv: list[str] | None = None) -> int:
+    """Command line; see the head of this file. Returns the exit code."""
     parser = argparse.ArgumentParser(description="Write the handwritten digits as an ImageFolder tree.")
-    parser.add_argument("--output", type=Path, default=Path("data/digits"), help="folder of the tree (data/digits)")
+    parser.add_argument(
+        "--output", type=entry.user_path, default=Path("data/digits"), help="folder of the tree (data/digits)"
+    )
     output = parser.parse_args(argv).output
-    try:
-        written = prepare_digits(output)
-    except OSError as error:
-        parser.exit(1, f"prepare_digits: {error}\n")
+    return entry.explained(lambda: _report(output, prepare_digits(output)), OSError)
+
+
+def _report(output: Path, written: bool) -> None:
     counts = {split: sum(1 for _ in (output / split).glob("*/*.png")) for split in ("train", "val")}
     state = "wrote" if written else "already there:"
     print(f"{state} {output}: {counts['train']} training and {counts['val']} validation images, 10 classes")
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

@@ -13,6 +13,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import entry
+
+if __name__ == "__main__":
+    entry.answer_signals()
+
 from torchvision.datasets.imagenet import (
     ARCHIVE_META,
     META_FILE,
@@ -63,16 +70,13 @@ def prepare_imagenet(archives: Path, output: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line; see the head of this file."""
     parser = argparse.ArgumentParser(description="Unpack the archives of ILSVRC 2012 into train/ and val/.")
-    parser.add_argument("--archives", type=Path, default=Path("."), help="folder of the three archives (.)")
-    parser.add_argument("--output", type=Path, default=Path("data/imagenet"), help="folder to write (data/imagenet)")
+    parser.add_argument("--archives", type=entry.user_path, default=Path("."), help="folder of the three archives (.)")
+    parser.add_argument(
+        "--output", type=entry.user_path, default=Path("data/imagenet"), help="folder to write (data/imagenet)"
+    )
     args = parser.parse_args(argv)
-    try:
-        prepare_imagenet(args.archives, args.output)
-    except (RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return entry.explained(lambda: prepare_imagenet(args.archives, args.output), RuntimeError, OSError)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

@@ -25,12 +25,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import entry
+
+if __name__ == "__main__":
+    entry.answer_signals()
+
 import numpy as np
 from torchvision.datasets import DatasetFolder
 from tqdm import tqdm
 from webdataset import TarWriter
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
 from readers import archives, shards
@@ -47,6 +52,13 @@ def shard_size(text: str) -> tuple[int, int | float]:
     if not found or not int(found[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size: give a number of images (1000) or of megabytes (100MB)")
     return (sys.maxsize, int(found[1]) * 10**6) if found[2] else (int(found[1]), float("inf"))
+
+
+def seed_number(text: str) -> int:
+    """``--seed`` as numpy takes it."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed: give a whole number from 0 to {2**32 - 1}")
+    return int(text)
 
 
 def name_of(file: str | Member) -> str:
@@ -207,8 +219,10 @@ def write_atomically(path: Path, write: Any) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-path", "--data_path", type=Path, metavar="DIR", help="tree or archive to read")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the shards; made if needed")
+    parser.add_argument(
+        "--data-path", "--data_path", type=entry.user_path, metavar="DIR", help="tree or archive to read"
+    )
+    parser.add_argument("--output", type=entry.user_path, metavar="DIR", help="folder of the shards; made if needed")
     parser.add_argument(
         "--shard-size",
         "--shard_size",
@@ -218,22 +232,25 @@ def main(argv: list[str] | None = None) -> int:
         help="images a shard (1000), or megabytes (100MB, the default). Remote shards are fetched as a whole: 50 to "
         "500MB; local ones may be larger; give at least as many shards as processes",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the images in the shards (0)")
-    parser.add_argument("--index", type=Path, metavar="DIR", help="only write the index of the shards in this folder")
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed of the order of the images in the shards (0)")
+    parser.add_argument(
+        "--index", type=entry.user_path, metavar="DIR", help="only write the index of the shards in this folder"
+    )
     args = parser.parse_args(argv)
     if (args.index is None) == (args.data_path is None or args.output is None):
         parser.error("give --data-path and --output, or --index alone")
     try:
-        if args.index:
-            folder, info = args.index, index_shards(args.index)
-        else:
-            folder, info = args.output, prepare_wds(args.data_path, args.output, args.shard_size, args.seed)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return entry.explained(lambda: _main(args), DataError, OSError)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+        return entry.EXIT_INTERRUPTED
+
+
+def _main(args: argparse.Namespace) -> int:
+    if args.index:
+        folder, info = args.index, index_shards(args.index)
+    else:
+        folder, info = args.output, prepare_wds(args.data_path, args.output, args.shard_size, args.seed)
     for split in info["splits"].values():
         print(f"{split['name']}: {split['num_samples']} images in {len(split['filenames'])} shards")
     print(f"{len(info['classes'])} classes; train with --data-set wds --data-path {folder}")
@@ -241,4 +258,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

@@ -22,12 +22,12 @@ import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, constants, get_token
 from huggingface_hub.errors import HTTPError
 from timm.models import save_for_hf
-from timm.utils import ParseKwargs
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, so it runs from any folder
 
 import checkpoints
+import entry
 import models
 import options
 import oversmoothing
@@ -269,10 +269,12 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("repository", help="owner/name on the Hub; made if it does not exist")
     parser.add_argument("--ema", action="store_true", help="the EMA of the weights")
     parser.add_argument("--private", action="store_true", help="make a repository that only its owner sees")
-    parser.add_argument("--dry-run", type=Path, metavar="DIR", help="write the files into a new folder, upload nothing")
+    parser.add_argument(
+        "--dry-run", type=entry.user_path, metavar="DIR", help="write the files into a new folder, upload nothing"
+    )
     parser.add_argument("--license", default="mit", metavar="NAME", help="of the weights, for the card [%(default)s]")
     parser.add_argument("--model", metavar="NAME", help="where the checkpoint does not say its model")
-    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=options.KeyValues, metavar="KEY=VALUE")
     return parser
 
 
@@ -304,4 +306,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

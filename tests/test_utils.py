@@ -13,6 +13,7 @@ import torch
 from runs import ROOT, environment, free_port
 
 import checkpoints
+import entry
 import utils
 from reporting import EpochLog
 from utils import Meters, World
@@ -67,7 +68,7 @@ def test_torchrun_s_variables_win_over_slurm_s(no_launcher: pytest.MonkeyPatch) 
     slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
     for name, value in ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "8"} | slurm).items():
         no_launcher.setenv(name, value)
-    assert utils.launcher_rank() == 3
+    assert entry.launcher_rank() == "3"
     assert utils._launcher_environment() == (3, 1, 8)
 
 
