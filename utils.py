@@ -7,6 +7,7 @@ import platform
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -227,7 +228,7 @@ def _join(world: World, dist_url: str, timeout_s: int) -> None:
         another = "give the launcher another --master_port, or set MASTER_PORT where srun starts the run"
         if "EADDRINUSE" in str(error):
             hint = f"the port is taken: {another}"
-        elif "Ping failed" in str(error) or "no answer" in str(error):
+        elif "Ping failed" in str(error) or ("no answer" in str(error) and _somebody_listens()):
             hint = f"what listens there does not answer as rank 0 does; if it is another program, {another}"
         else:
             hint = "check that every process was started and can reach that address"
@@ -235,6 +236,15 @@ def _join(world: World, dist_url: str, timeout_s: int) -> None:
             f"rank {world.rank} of {world.world_size} could not join the process group at {where} "
             f"(--dist_url {dist_url}): {hint}"
         ) from error
+
+
+def _somebody_listens() -> bool:
+    """Whether anything accepts connections at the rendezvous."""
+    try:
+        with socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5):
+            return True
+    except (OSError, KeyError, ValueError):
+        return False
 
 
 def _meet(world: World, dist_url: str, timeout: timedelta) -> dist.Store:

@@ -1,12 +1,16 @@
 """Data sets, transforms and loading: recipe, labels, errors, and samples that do not depend on the workers."""
 
+import errno
 import gzip
 import json
+import multiprocessing
 import os
 import pickle
 import random
+import resource
 import signal
 import struct
+import time
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
@@ -19,6 +23,7 @@ from PIL import Image
 from timm.data import resolve_data_config
 from torchvision import transforms
 
+import readers.loader
 from datasets import (
     NOMINAL_CLASSES,
     DataError,
@@ -30,7 +35,7 @@ from datasets import (
     to_rgb,
 )
 from options import get_args_parser
-from readers.loader import AddressedDataset, build_loader, explain_loader_errors
+from readers.loader import AddressedDataset, build_loader, explain_loader_errors, start_workers
 from samplers import build_samplers
 
 DEIT = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.875, "interpolation": "bicubic"}
@@ -631,6 +636,42 @@ def test_dead_worker_is_explained(signal_number: int, advice: str) -> None:
     )
     with pytest.raises(DataError, match=f"{advice}.*--num_workers"), explain_loader_errors():
         list(loader)
+
+
+@pytest.mark.parametrize("error", [EOFError(), FileNotFoundError(2, "gone"), ConnectionResetError()], ids=repr)
+def test_a_worker_that_dies_during_a_hand_over_is_explained(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the main process then meets is a closed pipe, or a socket that is not there any more."""
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    worker.start()
+    monkeypatch.setattr(readers.loader, "_workers", {"a loader": [worker]})
+    with pytest.raises(type(error)), explain_loader_errors():
+        raise error  # of something else, while all is well
+    worker.kill()
+    with pytest.raises(DataError, match="a worker process was killed.*--num_workers"), explain_loader_errors():
+        raise error
+
+
+def test_workers_are_started_without_work_and_draw_what_later_ones_would() -> None:
+    def batches(start: bool) -> list[list[int]]:
+        loader = build_loader(
+            list(range(10)), range(10), batch_size=3, num_workers=2, pin_memory=False, drop_last=False
+        )
+        if start:
+            start_workers(loader)
+            assert all(worker.is_alive() for worker in loader._iterator._workers)
+        return [batch.tolist() for _ in range(2) for batch in loader]
+
+    assert batches(start=True) == batches(start=False) == 2 * [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+
+
+def test_a_limit_of_open_files_that_is_too_low_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after ``ulimit -n 40``; a lower soft limit is raised."""
+    loader = build_loader(list(range(4)), range(4), batch_size=1, num_workers=8, pin_memory=False, drop_last=False)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (40, 40))
+    with pytest.raises(DataError, match="--num_workers 8: about .* open files are needed, the limit is 40"):
+        start_workers(loader)
+    with pytest.raises(DataError, match="too many files are open"), explain_loader_errors():
+        raise OSError(errno.EMFILE, "Too many open files")
 
 
 def test_other_errors_pass_unchanged() -> None:

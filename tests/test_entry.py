@@ -115,7 +115,7 @@ def test_training_goes_on_without_its_reader(tmp_path: Path) -> None:
 def test_a_lone_rank_leaves_with_its_own_exit_code(tmp_path: Path) -> None:
     """Torch's threads still wait for the other rank then; taking the interpreter down under them aborts (134)."""
     lone = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
-    data = tiny_tree(tmp_path, train=4, val=2)
+    data = tiny_tree(tmp_path, train=4, val=3)
     with start_main(*TINY, "--data-path", data, "--dist-timeout", 1, env=environment(**lone)) as run:
         done = run.finish(60)
     assert done.returncode == entry.EXIT_BAD_INPUT, done.stdout

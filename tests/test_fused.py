@@ -196,6 +196,14 @@ def test_hooks_on_the_attention_and_its_projection_are_called() -> None:
     assert calls == [nn.Linear, AttnScaleAttention]
 
 
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_every_kind_of_hook_on_the_projection_is_called(kind: str) -> None:
+    block, calls = randomise(FeatScaleBlock(DIM, HEADS, attn_layer=AttnScaleAttention)), []
+    getattr(block.attn.proj, f"register_{kind}")(lambda module, *given: calls.append(type(module)))
+    block(torch.randn(2, TOKENS, DIM, requires_grad=True)).sum().backward()
+    assert calls == [nn.Linear]
+
+
 # ---- talking heads ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("images_at_a_time", [0.1, 0.4, 1, 2, 5])  # below one: so much of an image's rows
 @pytest.mark.parametrize("layer", [FusedTalkingHeadAttn, AttnScaleTalkingHeadAttn])

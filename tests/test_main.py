@@ -409,6 +409,26 @@ def test_eval_ema_logs_both_accuracies(data: Path, tmp_path: Path) -> None:
     assert_one_clear_line(done.stderr, "--eval-ema", "bare.pth")
 
 
+# ---- evaluation without weights --------------------------------------------------------------------------------------
+def test_an_evaluation_that_finds_no_weights_is_refused(data: Path, tmp_path: Path) -> None:
+    """A mistyped folder must not become the accuracy of random weights."""
+    words = flags(data, tmp_path / "typo", "--eval", "--auto_reload")
+    assert_one_clear_line(call_main(*words, code=2).stderr, f"--output_dir {tmp_path / 'typo'} holds no checkpoint")
+    assert not (tmp_path / "typo").exists()
+
+
+def test_an_evaluation_of_a_new_head_is_refused(trained: Path, tmp_path: Path) -> None:
+    five = tiny_tree(tmp_path, classes=5, train=5, val=5)
+    words = flags(five, None, "--model", "deit_small_12", "--eval", "--finetune", trained / "checkpoint.pth")
+    assert_one_clear_line(call_main(*words, code=2).stderr, "--eval --finetune", "3 classes, the model 5")
+
+
+def test_an_evaluation_takes_any_batch_size(trained: Path, data: Path) -> None:
+    words = flags(data, None, "--model", "deit_small_12", "--eval", "--resume", trained / "checkpoint.pth")
+    results = {re.search(r"\* Acc@1.*", call_main(*words, "--batch-size", size).stdout)[0] for size in ("1", "5", "8")}
+    assert len(results) == 1
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 def test_accumulated_batches_equal_one_bigger_batch(data: Path, tmp_path: Path) -> None:
     """Same images, same learning rate, same steps: the losses and the weights agree to float32's rounding."""
