@@ -3,8 +3,11 @@
 import argparse
 import json
 import math
+import os
 import re
+import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ import build
 import models
 import optim
 import oversmoothing
+import utils
 from datasets import DataError
 from options import get_args_parser
 from oversmoothing.weights import ModelError, load_weights, read_checkpoint
@@ -427,6 +431,26 @@ def test_an_evaluation_takes_any_batch_size(trained: Path, data: Path) -> None:
     words = flags(data, None, "--model", "deit_small_12", "--eval", "--resume", trained / "checkpoint.pth")
     results = {re.search(r"\* Acc@1.*", call_main(*words, "--batch-size", size).stdout)[0] for size in ("1", "5", "8")}
     assert len(results) == 1
+
+
+# ---- loader processes ------------------------------------------------------------------------------------------------
+def test_loader_processes_are_forked_before_there_are_threads(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork copies the locks of other threads and the ends of their pipes; with the process group threads begin."""
+    forks, joined, threads = [], [], threading.active_count()
+    monkeypatch.setattr(
+        os, "fork", lambda fork=os.fork: forks.append((bool(joined), threading.active_count())) or fork()
+    )
+    join = utils.process_group
+
+    def process_group(*given: object) -> AbstractContextManager[World]:
+        joined.append(True)
+        return join(*given)
+
+    monkeypatch.setattr(utils, "process_group", process_group)
+    call_main(*flags(data, tmp_path, "--num_workers", "2", "--checkpoint-steps", "2"))
+    assert forks == 4 * [(False, threads)]  # two processes for training, two for evaluation
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def set_fused(model: nn.Module, enabled: bool) -> nn.Module:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to ``module``: then it has to be called, not only read."""
+    """Whether any hook is registered on ``module``: then it has to be called, not only read."""
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
