@@ -170,7 +170,8 @@ def mix_once(args: argparse.Namespace) -> None:
     mixup = build.build_mixup(args, classes)
     targets = torch.tensor([0, classes - 1])
     if mixup is not None:
-        _, targets = mixup(torch.zeros(2, 1, args.input_size, args.input_size), targets)
+        side = min(args.input_size, 256)
+        _, targets = mixup(torch.zeros(2, 1, side, side), targets)
     criterion = losses.build_criterion(mixup_active=mixup_active(args), smoothing=args.smoothing)
     criterion(None, torch.zeros(2, classes), targets)
 

@@ -21,10 +21,14 @@ import submitit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, so it runs from any folder
 
+import entry
 from build import check_model_names
 from entry import EXIT_BAD_INPUT, EXIT_PREEMPTED
 from options import ArgumentError, check_args
 from options import get_args_parser as get_run_parser
+from oversmoothing.weights import ModelError
+from preflight import check_flags
+from readers.archives import DataError
 from utils import SetupError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,6 +187,7 @@ def check(job: argparse.Namespace, run: argparse.Namespace) -> None:
     """
     check_args(run)
     check_model_names(run)
+    check_flags(run)
     for flag in ("nodes", "timeout", "cpus_per_task"):
         if getattr(job, flag) < 1:
             raise ArgumentError(f"--{flag} {getattr(job, flag)}: give a whole number of 1 or more")
@@ -205,7 +210,14 @@ def main(words: list[str] | None = None) -> int:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         submitted = executor.submit(Task(flags, port))
-    except (ArgumentError, SetupError, OSError, submitit.core.utils.UncompletedJobError) as error:
+    except (
+        ArgumentError,
+        DataError,
+        ModelError,
+        SetupError,
+        OSError,
+        submitit.core.utils.UncompletedJobError,
+    ) as error:
         print(f"error: {str(error).strip()}", file=sys.stderr)
         return EXIT_BAD_INPUT
     print(f"job {submitted.job_id} ({executor.cluster}), log of rank 0: {submitted.paths.stdout}", flush=True)
@@ -218,4 +230,4 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

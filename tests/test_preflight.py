@@ -178,7 +178,8 @@ def preflight_paths() -> Sequence[str]:
 
 
 # ---- any flags -------------------------------------------------------------------------------------------------------
-NUMBERS = ("0", "1", "2", "3", "7", "-1", "0.5", "1.5", "-0.0", "1e-8", "1e9", "1e308", "nan", "inf", "-inf", "")
+NUMBERS = ("0", "1", "2", "3", "7", "-1", "0.5", "1.5", "-0.0", "1e-8", "1e9", "1e308", "nan", "inf", "-inf", "",
+           "100000", "99999999999")  # fmt: skip
 WORDS = {
     "opt": ("adamw", "sgd", "lamb", "lion", "adan", "lookahead_adam", "adafactor", "muon", "foo", "", "none"),
     "sched": ("cosine", "step", "poly", "tanh", "plateau", "foo"),
