@@ -33,7 +33,8 @@ def answer_signals(importing: bool = True) -> None:
     Args:
         importing: Whether Ctrl-C ends the process at once; otherwise the first one raises ``KeyboardInterrupt``.
     """
-    signal.signal(signal.SIGINT, _end_interrupted if importing else _interrupt)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell sets it for what it runs in the background
+        signal.signal(signal.SIGINT, _end_interrupted if importing else _interrupt)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _end_preempted)
 

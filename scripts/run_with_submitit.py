@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import submitit
+from submitit.core.utils import UncompletedJobError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, so it runs from any folder
 
@@ -210,14 +211,7 @@ def main(words: list[str] | None = None) -> int:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         submitted = executor.submit(Task(flags, port))
-    except (
-        ArgumentError,
-        DataError,
-        ModelError,
-        SetupError,
-        OSError,
-        submitit.core.utils.UncompletedJobError,
-    ) as error:
+    except (ArgumentError, DataError, ModelError, SetupError, OSError, UncompletedJobError) as error:
         print(f"error: {str(error).strip()}", file=sys.stderr)
         return EXIT_BAD_INPUT
     print(f"job {submitted.job_id} ({executor.cluster}), log of rank 0: {submitted.paths.stdout}", flush=True)

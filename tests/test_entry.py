@@ -61,6 +61,11 @@ entry.run(command)
     assert (done.returncode, done.stdout, done.stderr) == (entry.EXIT_INTERRUPTED, "", "[rank 0] interrupted\n")
 
 
+def test_an_interrupt_that_the_shell_has_switched_off_stays_off() -> None:
+    code = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nentry.run(lambda: os.kill(os.getpid(), signal.SIGINT))"
+    assert python(code).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("command", "code", "error"),
     [("lambda: None", 0, ""), ("lambda: 3", 3, ""), ("lambda: sys.exit(2)", 2, ""), ("lambda: 1 // 0", 1, "Zero")],
