@@ -1,0 +1,117 @@
+"""``Heads``: one attention layer between its projections, the common ground of every family.
+
+Whatever a layer does before the softmax (fused or separate projections, q/k norms, rotary embeddings, position biases,
+windows) ends in queries, keys, values and a bias; whatever it does after the heads (inner norm, gate, projection) begins
+at ``A @ values``. ``Heads`` is this middle, on any values: remedies act on it and the analysis reads it.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Heads:
+    """Queries, keys and values of one forward pass of one layer, and its attention as an operator on values.
+
+    B counts images, or windows where attention is windowed; H heads, N key tokens, Q query tokens (N but where queries
+    are pooled), D channels of a head. Norms and rotary embeddings are in ``q`` and ``k``; grouped keys and values are
+    expanded to H heads.
+
+    Attributes:
+        x: The layer's input, as its forward got it.
+        q: (B, H, Q, D).
+        k: (B, H, N, D).
+        v: (B, H, N, D).
+        scale: Factor of the scores ``q k^T``.
+        bias: Added to the scores, broadcastable to (B, H, Q, N), or boolean, False where attention is forbidden.
+        is_causal: Query i sees keys 0 to i only; then there is no bias.
+        dropout: Probability of dropout on the maps in this pass: 0 outside training.
+        fused: Whether the layer calls ``scaled_dot_product_attention``; otherwise it makes the maps as tensors.
+        attn_mask: The mask the layer was called with, None without; what tells padded tokens.
+    """
+
+    x: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float = 1.0
+    bias: Tensor | None = None
+    is_causal: bool = False
+    dropout: float = 0.0
+    fused: bool = False
+    attn_mask: Tensor | None = None
+    _maps: Tensor | None = field(default=None, init=False, repr=False)
+    _dropped: Tensor | None = field(default=None, init=False, repr=False)
+
+    def apply(self, values: Tensor) -> Tensor:
+        """``A @ values`` as the layer computes it, with its dropout on A while training.
+
+        Without fused attention the maps, and what dropout leaves of them, are made once and shared by every call; with
+        fused attention each call draws its own dropout.
+
+        Args:
+            values: (B, H, N, any), usually ``v``.
+
+        Returns:
+            (B, H, Q, any).
+        """
+        if self.fused:
+            scale = None if self.scale == self.q.shape[-1] ** -0.5 else self.scale
+            return F.scaled_dot_product_attention(
+                self.q, self.k, values, self.bias, self.dropout, self.is_causal, scale=scale
+            )
+        if self._dropped is None:
+            self._dropped = self.drop(self.maps())
+        return self._dropped @ values
+
+    def maps(self) -> Tensor:
+        """``A`` (B, H, Q, N), without dropout: what multiplies the values. On CaiT the mixed softmax maps."""
+        if self._maps is None:
+            self._maps = self.softmax_maps()
+        return self._maps
+
+    def softmax_maps(self) -> Tensor:
+        """(B, H, Q, N), rows that sum to one; a row that sees no key is NaN with a boolean mask."""
+        scores = self.q * self.scale @ self.k.transpose(-2, -1)
+        return (scores if (bias := self._additive_bias(scores)) is None else scores + bias).softmax(dim=-1)
+
+    def drop(self, maps: Tensor) -> Tensor:
+        """The layer's dropout on maps; the identity outside training."""
+        return F.dropout(maps, self.dropout) if self.dropout > 0 else maps
+
+    def token_mean(self, values: Tensor) -> Tensor:
+        """Mean over the key tokens that count: all but those that no query may see, which are padding.
+
+        Args:
+            values: (B, H, N, D), or (B, 1, N, C) for features without heads.
+
+        Returns:
+            (B, H, 1, D).
+        """
+        if self.attn_mask is None:
+            return values.mean(dim=-2, keepdim=True)
+        counts = counted_tokens(self.attn_mask).unsqueeze(-1).to(values.dtype)
+        return (values * counts).sum(dim=-2, keepdim=True) / counts.sum(dim=-2, keepdim=True).clamp(min=1)
+
+    def _additive_bias(self, scores: Tensor) -> Tensor | None:
+        if self.is_causal:
+            return torch.full_like(scores[0, 0], float("-inf")).triu(1)
+        if self.bias is None or self.bias.dtype != torch.bool:
+            return self.bias
+        return torch.zeros_like(self.bias, dtype=scores.dtype).masked_fill(~self.bias, float("-inf"))
+
+
+def counted_tokens(attn_mask: Tensor) -> Tensor:
+    """The key tokens that some query may attend to; the others are padding.
+
+    Args:
+        attn_mask: (..., Q or 1, N), boolean with False where attention is forbidden, or added to the scores.
+
+    Returns:
+        (..., N), boolean.
+    """
+    seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > torch.finfo(attn_mask.dtype).min / 2
+    return seen.any(dim=-2)
