@@ -1,11 +1,12 @@
 """``Heads``: one attention layer between its projections, the common ground of every family.
 
-Whatever a layer does before the softmax (fused or separate projections, q/k norms, rotary embeddings, position biases,
-windows) ends in queries, keys, values and a bias; whatever it does after the heads (inner norm, gate, projection) begins
-at ``A @ values``. ``Heads`` is this middle, on any values: remedies act on it and the analysis reads it.
+Whatever a layer does before the softmax (joint or separate projections, q/k norms, rotary embeddings, position biases,
+windows) ends in queries, keys, values and a bias; whatever it does after the heads (inner norm, gate, projection)
+begins at ``A @ values``. ``Heads`` is this middle, on any values: remedies act on it and the analysis reads it.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ class Heads:
         dropout: Probability of dropout on the maps in this pass: 0 outside training.
         fused: Whether the layer calls ``scaled_dot_product_attention``; otherwise it makes the maps as tensors.
         attn_mask: The mask the layer was called with, None without; what tells padded tokens.
+        context: Whatever else the kind needs after ``split``.
     """
 
     x: Tensor
@@ -43,6 +45,7 @@ class Heads:
     dropout: float = 0.0
     fused: bool = False
     attn_mask: Tensor | None = None
+    context: Any = None
     _maps: Tensor | None = field(default=None, init=False, repr=False)
     _dropped: Tensor | None = field(default=None, init=False, repr=False)
 

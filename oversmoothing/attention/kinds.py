@@ -6,8 +6,8 @@ A *kind* knows one class, or several that compute the same. For an attention mod
     heads = kind.split(attn, x, ...)
     kind.merge(attn, heads.apply(heads.v), heads) == attn(x, ...)
 
-Kinds hold no state: everything is read from the module's attributes at each call, so wrapped projections (LoRA), resized
-windows and moved parameters are followed. For a class of your own::
+Kinds hold no state: everything is read from the module's attributes at each call, so wrapped projections (LoRA),
+resized windows and moved parameters are followed. For a class of your own::
 
     @register_kind(MyAttention)
     class MyKind(Kind):
@@ -17,6 +17,8 @@ windows and moved parameters are followed. For a class of your own::
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .heads import Heads
@@ -27,15 +29,43 @@ class UnsupportedAttentionError(ValueError):
 
 
 class Kind:
-    """Base of all kinds; ``merge`` here is right for layers with ``proj`` and ``proj_drop`` on (B, N, H * D)."""
+    """Base of all kinds; what it does itself is right for layers with channels last, ``proj`` and ``proj_drop``."""
+
+    windowed = False  # B counts windows, which the layers of one model may cut differently
+    channels_last = True  # input and output are (B, ..., C), all axes between being tokens; otherwise (B, C, H, W)
 
     def split(self, attn: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Heads:
         """The layer up to its heads; arguments as those of its forward."""
         raise NotImplementedError
 
-    def merge(self, attn: nn.Module, y: Tensor, heads: Heads) -> Tensor:
+    def merge(self, attn: nn.Module, y: Tensor, heads: Heads) -> Any:
         """The layer from its heads on: (B, H, Q, D) -> what its forward returns."""
-        return attn.proj_drop(attn.proj(merge_heads(y)))
+        y = attn.proj(self.unprojected(attn, y, heads))
+        return attn.proj_drop(y) if hasattr(attn, "proj_drop") else y
+
+    def unprojected(self, attn: nn.Module, y: Tensor, heads: Heads) -> Tensor:
+        """The input of the output projection: (B, H, Q, D) -> (B, ..., H * D)."""
+        return merge_heads(y).reshape(*heads.x.shape[:-1], -1)
+
+    def num_heads(self, attn: nn.Module) -> int:
+        """H."""
+        return attn.num_heads
+
+    def projection(self, attn: nn.Module) -> nn.Module:
+        """The output projection, which takes (B, ..., H * D)."""
+        return attn.proj
+
+    def is_square(self, attn: nn.Module) -> bool:
+        """Whether queries and keys are the same tokens, so that maps and values can be combined at will."""
+        return True
+
+    def branch(self, attn: nn.Module, block: nn.Module) -> tuple[nn.Module, str] | None:
+        """The method that returns the attention branch's output for all tokens of an image, before LayerScale.
+
+        Returns:
+            A module and the name of its method; None where no method has it.
+        """
+        return attn, "forward"
 
 
 KINDS: dict[type[nn.Module], Kind] = {}
@@ -57,17 +87,28 @@ def refuse(reason: str, *types: type[nn.Module]) -> None:
     REFUSALS.update(dict.fromkeys(types, reason))
 
 
+def find_kind(module: nn.Module) -> Kind | None:
+    """The kind of a module, None where it has none; knows transformers' classes without importing them first."""
+    if type(module) not in KINDS and type(module).__module__.startswith("transformers."):
+        from . import hugging_face
+
+        hugging_face.register(type(module))
+    return KINDS.get(type(module))
+
+
 def kind_of(module: nn.Module) -> Kind:
     """The kind of an attention module, by its exact type.
 
     Raises:
         UnsupportedAttentionError: If the type has none.
     """
-    kind = KINDS.get(type(module))
+    kind = find_kind(module)
     if kind is None:
         name = f"{type(module).__module__}.{type(module).__name__}"
-        reason = REFUSALS.get(type(module), "no kind is registered for this class; see attention.register_kind")
-        raise UnsupportedAttentionError(f"attention of class {name} is not supported: {reason}")
+        reason = REFUSALS.get(
+            type(module), "no kind is registered for this class (oversmoothing.attention.register_kind)"
+        )
+        raise UnsupportedAttentionError(f"attention of class {name} is not supported: {reason}.")
     return kind
 
 
@@ -79,3 +120,22 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def merge_heads(y: Tensor) -> Tensor:
     """(B, H, N, D) -> (B, N, H * D)."""
     return y.transpose(1, 2).flatten(2)
+
+
+def packed_projection(attn: nn.Module, x: Tensor) -> Tensor:
+    """``attn.qkv(x)`` with the biases that BEiT's heirs keep apart from it: (..., C) -> (..., 3 * H * D)."""
+    if getattr(attn, "q_bias", None) is None:
+        return attn.qkv(x)
+    bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    return attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
+
+
+def packed_heads(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of one projection: (B, ..., C) -> three times (B, H, N, D)."""
+    q, k, v = packed_projection(attn, x).flatten(1, -2).chunk(3, dim=-1)
+    return split_heads(q, attn.num_heads), split_heads(k, attn.num_heads), split_heads(v, attn.num_heads)
+
+
+def dropout_of(attn: nn.Module) -> float:
+    """Probability of dropout on the maps in a forward pass now."""
+    return attn.attn_drop.p if attn.training and hasattr(attn, "attn_drop") else 0.0
