@@ -5,8 +5,7 @@ from timm.layers import use_fused_attn
 from timm.models.cait import TalkingHeadAttn
 from torch import Tensor
 
-from models.talking_heads import FusedTalkingHeadAttn, TalkingHeads, mix_heads, runs_eagerly
-
+from ..fused.talking_heads import FusedTalkingHeadAttn, TalkingHeads, mix_heads, runs_eagerly
 from .heads import Heads
 from .kinds import Kind, dropout_of, register_kind
 
@@ -46,6 +45,4 @@ class TalkingHeadsKind(Kind):
         dropout = dropout_of(attn)
         fused = getattr(attn, "fused_attn", use_fused_attn()) and runs_eagerly(x) and dropout == 0
         qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return TalkingHeadsHeads(
-            x, *qkv.unbind(0), attn.scale, dropout=dropout, fused=fused, context=(attn, qkv)
-        )
+        return TalkingHeadsHeads(x, *qkv.unbind(0), attn.scale, dropout=dropout, fused=fused, context=(attn, qkv))

@@ -24,7 +24,11 @@ from torch import Tensor, nn
 from .heads import Heads
 
 
-class UnsupportedAttentionError(ValueError):
+class UnsupportedModelError(ValueError):
+    """A model is not built as the library needs it; the message names the module and the reason."""
+
+
+class UnsupportedAttentionError(UnsupportedModelError):
     """An attention layer has no kind; the message names its class and the reason."""
 
 
@@ -33,6 +37,8 @@ class Kind:
 
     windowed = False  # B counts windows, which the layers of one model may cut differently
     channels_last = True  # input and output are (B, ..., C), all axes between being tokens; otherwise (B, C, H, W)
+    raster = True  # the block's tokens are in the order of the image's rows
+    stream: str | None = None  # the block's module that reads input + branch, where the sum is of other tensors
 
     def split(self, attn: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Heads:
         """The layer up to its heads; arguments as those of its forward."""
@@ -46,6 +52,10 @@ class Kind:
     def unprojected(self, attn: nn.Module, y: Tensor, heads: Heads) -> Tensor:
         """The input of the output projection: (B, H, Q, D) -> (B, ..., H * D)."""
         return merge_heads(y).reshape(*heads.x.shape[:-1], -1)
+
+    def applied_maps(self, attn: nn.Module, heads: Heads) -> Tensor:
+        """What multiplies the values in the layer's forward, (B, H, Q, N): with the remedy, where one is built in."""
+        return heads.maps()
 
     def num_heads(self, attn: nn.Module) -> int:
         """H."""
@@ -104,12 +114,14 @@ def kind_of(module: nn.Module) -> Kind:
     """
     kind = find_kind(module)
     if kind is None:
-        name = f"{type(module).__module__}.{type(module).__name__}"
-        reason = REFUSALS.get(
-            type(module), "no kind is registered for this class (oversmoothing.attention.register_kind)"
-        )
-        raise UnsupportedAttentionError(f"attention of class {name} is not supported: {reason}.")
+        raise UnsupportedAttentionError(refusal(module))
     return kind
+
+
+def refusal(module: nn.Module) -> str:
+    """The sentence that says why a module's class has no kind."""
+    reason = REFUSALS.get(type(module), "no kind is registered for it (oversmoothing.attention.register_kind)")
+    return f"attention of class {type(module).__module__}.{type(module).__name__} is not supported: {reason}."
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -7,6 +7,7 @@ from timm.models.eva import EvaAttention
 from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 
+from ..fused.folding import FoldedAttention
 from .heads import Heads
 from .kinds import Kind, dropout_of, merge_heads, packed_heads, register_kind, split_heads
 
@@ -25,6 +26,7 @@ class DavitWindowKind(PackedKind):
     """DaViT's windows, (B * windows, N, C)."""
 
     windowed = True
+    stream = "norm2"
 
     def branch(self, attn: nn.Module, block: nn.Module) -> None:
         """Windows are merged inside the block's forward."""
@@ -40,7 +42,7 @@ class GatedKind(Kind):
         return y if attn.gate is None else y * attn.gate(heads.x).sigmoid()
 
 
-@register_kind(Attention)
+@register_kind(Attention, FoldedAttention)
 class PlainKind(GatedKind):
     """timm's ``Attention``: ViT, DeiT, DeiT3, SigLIP, CLIP, DINOv2, PiT, CrossViT, NaFlexViT; with q/k norms."""
 

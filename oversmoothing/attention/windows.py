@@ -30,8 +30,8 @@ class WindowKind(Kind):
     windowed = True
 
     def branch(self, attn: nn.Module, block: nn.Module) -> tuple[nn.Module, str] | None:
-        """Swin's ``_attn`` and MaxViT's ``_partition_attn`` merge the windows; elsewhere the block's forward does."""
-        for name in ("_attn", "_partition_attn"):
+        """Methods of Swin's, MaxViT's and GC ViT's blocks merge the windows; elsewhere the block's forward does."""
+        for name in ("_attn", "_partition_attn", "_window_attn"):
             if hasattr(block, name):
                 return block, name
         return None
@@ -147,6 +147,7 @@ class SamKind(Kind):
     """SAM's ViT: decomposed relative positions, in windows or over the whole map."""
 
     windowed = True
+    stream = "norm2"
 
     def split(self, attn: nn.Module, x: Tensor) -> Heads:
         """x: (B * windows, height, width, C)."""
@@ -171,6 +172,8 @@ class SamKind(Kind):
 class NestKind(WindowKind):
     """NesT: the windows have an axis of their own."""
 
+    raster = False
+
     def split(self, attn: nn.Module, x: Tensor) -> Heads:
         """x: (B, windows, N, C)."""
         q, k, v = packed_heads(attn, x.flatten(0, 1))
@@ -193,6 +196,7 @@ class HieraKind(Kind):
     """
 
     windowed = True
+    raster = False
 
     def split(self, attn: nn.Module, x: Tensor) -> Heads:
         """x: (B, N, C); heads have B * units batches."""
@@ -222,6 +226,7 @@ class HieraDetKind(Kind):
     """SAM 2's Hiera: windows cut by the block, queries pooled over the map."""
 
     windowed = True
+    stream = "norm2"
 
     def split(self, attn: nn.Module, x: Tensor) -> Heads:
         """x: (B * windows, height, width, C)."""

@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention import Heads, register_kind
+from ..attention.cait import TalkingHeadsKind
+from ..attention.vit import PlainKind
 from ..fused.folding import FoldedAttention, can_fold
 from ..fused.talking_heads import FusedTalkingHeadAttn
 
@@ -102,3 +105,17 @@ class AttnScaleTalkingHeadAttn(FusedTalkingHeadAttn):
         """AttnScale is affine in the mixed maps: weight ``(1 + lamb) W``, bias ``(1 + lamb) b - lamb / N``."""
         gain = 1 + self.lamb
         return gain[:, None] * self.proj_w.weight, gain * self.proj_w.bias - self.lamb / num_tokens
+
+
+class _AttnScaleKind(PlainKind):
+    def applied_maps(self, attn: AttnScaleAttention, heads: Heads) -> Tensor:
+        return attn_scale(heads.maps(), attn.lamb)
+
+
+class _AttnScaleTalkingHeadsKind(TalkingHeadsKind):
+    def applied_maps(self, attn: AttnScaleTalkingHeadAttn, heads: Heads) -> Tensor:
+        return attn_scale(heads.maps(), attn.lamb)
+
+
+register_kind(AttnScaleAttention)(_AttnScaleKind)
+register_kind(AttnScaleTalkingHeadAttn)(_AttnScaleTalkingHeadsKind)
