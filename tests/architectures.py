@@ -1,4 +1,4 @@
-"""Tiny versions of the architectures that the library supports or refuses by name: random weights, milliseconds each."""
+"""Tiny versions of the architectures that the library supports or refuses by name, with random weights."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,20 +1,14 @@
-"""The recomputed attention maps against the models' own outputs, and what the visitor hands out."""
+"""What the visitor hands out of a forward pass: the residual stream, the attention branch, the maps."""
 
+import architectures
 import pytest
 import timm
 import torch
-from timm.layers import AttentionRope, RmsNorm
-from timm.models.cait import TalkingHeadAttn
-from timm.models.eva import EvaAttention
-from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 import models  # noqa: F401  (registers the zoo with timm)
 from oversmoothing.analysis import probe, spectrum
-from oversmoothing.fused.folding import FoldedAttention
-from oversmoothing.fused.talking_heads import FusedTalkingHeadAttn
-from oversmoothing.remedies.attnscale import AttnScaleAttention, AttnScaleTalkingHeadAttn
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3)
 
@@ -30,49 +24,6 @@ def perturb(module: nn.Module) -> nn.Module:
         for parameter in module.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     return module.double().eval()
-
-
-ATTENTIONS = {
-    "plain": lambda: Attention(12, num_heads=3, qkv_bias=True),
-    "plain with normalised q and k": lambda: Attention(12, num_heads=3, qk_norm=True, norm_layer=nn.LayerNorm),
-    "folded": lambda: FoldedAttention(12, num_heads=3, qkv_bias=True),
-    "attnscale": lambda: AttnScaleAttention(12, num_heads=3, qkv_bias=True),
-    "talking heads": lambda: TalkingHeadAttn(12, num_heads=3, qkv_bias=True),
-    "fused talking heads": lambda: FusedTalkingHeadAttn(12, num_heads=3, qkv_bias=True),
-    "attnscale talking heads": lambda: AttnScaleTalkingHeadAttn(12, num_heads=3, qkv_bias=True),
-    "eva": lambda: EvaAttention(12, num_heads=3, scale_norm=False),
-    "eva with split projections": lambda: EvaAttention(12, num_heads=3, qkv_fused=False, scale_norm=False),
-    "rope": lambda: AttentionRope(12, num_heads=3, qk_norm=True, norm_layer=RmsNorm),
-    "grouped queries": lambda: AttentionRope(12, num_heads=6, num_kv_heads=3, qkv_fused=False),
-    "windows": lambda: WindowAttention(12, num_heads=3, window_size=3),
-}
-
-
-@pytest.mark.parametrize("kind", ATTENTIONS)
-def test_recomputed_maps_reproduce_the_output_of_the_attention(kind: str) -> None:
-    attn = perturb(ATTENTIONS[kind]())
-    x = random_tokens(4, 9, 12)
-    kwargs = {}
-    if isinstance(attn, EvaAttention | AttentionRope):
-        kwargs["rope"] = random_tokens(8, 2 * 12 // attn.num_heads, seed=1)  # sine and cosine, patches only
-    if isinstance(attn, WindowAttention):
-        kwargs["mask"] = -100 * (random_tokens(2, 9, 9, seed=1) > 0.5).double()
-    maps = probe.ATTENTION_MAPS[type(attn)](attn, x, **kwargs)
-    torch.testing.assert_close(maps.softmax.sum(dim=-1), torch.ones(4, attn.num_heads, 9, dtype=torch.float64))
-    qkv = attn.qkv(x).chunk(3, dim=-1) if attn.qkv is not None else [attn.v_proj(x)]
-    v = qkv[-1] + (attn.v_bias if getattr(attn, "v_bias", None) is not None else 0)
-    heads = getattr(attn, "num_kv_heads", attn.num_heads)
-    v = v.unflatten(-1, (heads, -1)).transpose(1, 2).repeat_interleave(attn.num_heads // heads, dim=1)
-    output = attn.proj((maps.applied @ v).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(output, attn(x, **kwargs))
-
-
-@pytest.mark.parametrize("kind", ["plain", "attnscale", "rope"])
-def test_recomputed_maps_obey_the_attention_mask(kind: str) -> None:
-    attn = perturb(ATTENTIONS[kind]())
-    mask = torch.ones(9, 9, dtype=torch.bool).tril()
-    maps = probe.ATTENTION_MAPS[type(attn)](attn, random_tokens(2, 9, 12), attn_mask=mask)
-    assert (maps.softmax[..., ~mask] == 0).all()
 
 
 def test_an_unknown_attention_is_refused_by_name() -> None:
@@ -96,6 +47,50 @@ def small_model(name: str) -> nn.Module:
         "attnscale_cait_S24_224": VIT | dict(init_values=1.0),
     }
     return timm.create_model(name, num_classes=5, **sizes.get(name, VIT))
+
+
+# In these the second norm reads the stream after the first residual sum, so it shows what the visitor must hand out.
+PRE_NORM = {
+    name: "norm2"
+    for name in ("beit", "dinov3", "volo", "maxvit", "hiera", "naflexvit", "sam", "coatnet", "convit", "pvt")
+}
+
+
+@pytest.mark.parametrize("name", [*PRE_NORM, "swinv2", "swinv2_cr", "davit"])
+def test_families_of_timm(name: str) -> None:
+    model, batch = architectures.build(name), architectures.images(name)
+    streams, residuals = [], []
+    layers = probe.find_layers(model)
+    if name in PRE_NORM:
+        for layer in layers:
+            layer.block.norm2.register_forward_pre_hook(lambda norm, args: streams.append(args[0]))
+
+    def visit(view: probe.LayerView) -> None:
+        stats = probe.feature_statistics(view, 16) | probe.map_statistics(view.attention_maps())
+        assert all(values.isfinite().all() for values in stats.values())
+        assert ("delta_log_amplitude" in stats) == view.layer.kind.raster
+        assert view.after_attention.shape == view.after_residual.shape == view.after_mlp.shape
+        residuals.append(view.after_residual)
+
+    with torch.no_grad(), probe.visiting(model, visit):
+        model(batch)
+    assert len(residuals) == len(layers)
+    for residual, stream in zip(residuals, streams, strict=name in PRE_NORM):
+        stream = stream.flatten(2).mT if name == "coatnet" else stream
+        torch.testing.assert_close(residual, stream.reshape(residual.shape))
+
+
+def test_layers_without_a_spectrum_are_left_out() -> None:
+    names = [layer.name for layer in probe.find_layers(architectures.build("hiera"))]
+    assert names == ["blocks.0", "blocks.3"]  # the others pool their queries
+    with pytest.raises(probe.UnsupportedModelError, match="no attention layer has as many queries as keys"):
+        probe.find_layers(architectures.build("pvt_linear"))
+
+
+@pytest.mark.parametrize("name", ["vit_parallel", "tnt"])
+def test_blocks_with_several_attention_branches_are_refused(name: str) -> None:
+    with pytest.raises(probe.UnsupportedModelError, match="one of several attention layers in one block"):
+        probe.find_layers(architectures.build(name))
 
 
 MODELS = [

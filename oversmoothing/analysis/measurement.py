@@ -40,9 +40,11 @@ class Measurement:
         statistics = probe.feature_statistics(view, self._num_patches, self.patches_only)
         statistics |= probe.map_statistics(maps, previous)
         self._previous = maps.applied.mean(dim=1)
-        grid = round(view.patch_tokens(self._num_patches).shape[1] ** 0.5)
         self._frequencies[view.index, "spectrum"] = spectrum.frequencies(maps.applied.shape[-1]).tolist()
-        self._frequencies[view.index, "delta_log_amplitude"] = spectrum.patch_frequencies(grid).tolist()
+        patches = view.patch_tokens(self._num_patches)
+        if patches is not None:
+            grid = round(patches.shape[1] ** 0.5)
+            self._frequencies[view.index, "delta_log_amplitude"] = spectrum.patch_frequencies(grid).tolist()
         for name, values in statistics.items():
             self.layers[view.index].setdefault(name, RunningMean()).update(values)
 

@@ -8,6 +8,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
+from ..attention import AttentionLayer
 from ..weights import create_model, model_from_checkpoint, read_checkpoint, trained_with
 from . import probe
 
@@ -35,7 +36,7 @@ class Subject:
     model: nn.Module
     data_config: dict[str, Any]
     input_size: int
-    layers: list[probe.Layer]
+    layers: list[AttentionLayer]
 
 
 def build_subject(

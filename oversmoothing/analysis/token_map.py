@@ -42,15 +42,16 @@ def token_map(subject: Subject, image: Tensor, layer: int) -> TokenMap:
     if not -depth <= layer < depth:
         raise ValueError(f"--layer {layer}: {subject.label} has blocks 0 to {depth - 1}")
     layer %= depth
-    seen: list[probe.AttentionMaps] = []
+    seen: list[tuple[probe.AttentionMaps, tuple[int, int] | None]] = []
 
     def visit(view: probe.LayerView) -> None:
         if view.index == layer:
-            seen.append(view.attention_maps())
+            seen.append((view.attention_maps(), view.grid))
 
     with torch.inference_mode(), probe.visiting(subject.model, visit):
         subject.model(image[None])
-    maps, rows_columns = seen[0], probe.patch_grid(subject.model, image[None])
+    maps, grid = seen[0]
+    rows_columns = grid or probe.patch_grid(subject.model, image[None])
     num_patches, n = math.prod(rows_columns), maps.mixed.shape[-1]
     if len(maps.mixed) != 1 or n < num_patches:
         raise ValueError(

@@ -37,6 +37,7 @@ class Kind:
 
     windowed = False  # B counts windows, which the layers of one model may cut differently
     channels_last = True  # input and output are (B, ..., C), all axes between being tokens; otherwise (B, C, H, W)
+    block_channels_last = True  # the same of the block
     raster = True  # the block's tokens are in the order of the image's rows
     stream: str | None = None  # the block's module that reads input + branch, where the sum is of other tensors
 

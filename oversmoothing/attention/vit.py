@@ -26,7 +26,8 @@ class DavitWindowKind(PackedKind):
     """DaViT's windows, (B * windows, N, C)."""
 
     windowed = True
-    stream = "norm2"
+    block_channels_last = False
+    stream = "cpe2"
 
     def branch(self, attn: nn.Module, block: nn.Module) -> None:
         """Windows are merged inside the block's forward."""
@@ -180,6 +181,7 @@ class MapKind(Kind):
     """Base for layers on feature maps (B, C, H, W)."""
 
     channels_last = False
+    block_channels_last = False
 
     def unprojected(self, attn: nn.Module, y: Tensor, heads: Heads) -> Tensor:
         """(B, H, N, D) -> (B, H * D, height, width)."""
@@ -201,6 +203,7 @@ class FastVitKind(Kind):
     """FastViT's last stage: linear projections on a feature map."""
 
     channels_last = False
+    block_channels_last = False
 
     def split(self, attn: nn.Module, x: Tensor) -> Heads:
         """x: (B, C, H, W)."""

@@ -126,6 +126,8 @@ class MaxVitKind(WindowKind):
 class MaxVitMapKind(MapKind, WindowKind):
     """MaxViT's windows and grids on feature maps; in CoAtNet, all of the map."""
 
+    stream = "norm2"
+
     def split(self, attn: nn.Module, x: Tensor, shared_rel_pos: Tensor | None = None) -> Heads:
         """x: (B * windows, C, height, width); shared_rel_pos: (1, H, N, N)."""
         packed = attn.qkv(x).flatten(2)
