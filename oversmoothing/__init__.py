@@ -1,5 +1,6 @@
 """Over-smoothing in vision transformers: what it is, how to see it, and what to do about it.
 
+attention  what one attention layer computes, for every class of timm's and transformers' models
 analysis   what attention does to the features, layer by layer: numbers, figures, a report
 remedies   one remedy a file: equation, dense definition, fast form
 fused      what makes remedies free

@@ -105,7 +105,7 @@ REFUSED = {
 
 
 def build(name: str, **kwargs: Any) -> nn.Module:
-    """The tiny model in float64, with weights that let no branch vanish: LayerScale near one, position biases not zero.
+    """The tiny model in float64, with random weights of every kind: no LayerScale or bias near zero.
 
     Args:
         name: A key of :data:`ARCHITECTURES` or :data:`REFUSED`.
@@ -115,13 +115,55 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     torch.manual_seed(0)
     size = size | dict(num_classes=10) | kwargs
     model = timm.create_model(make, **size) if isinstance(make, str) else make(**size)
+    _enliven(model)
+    return model.double().eval()
+
+
+def _enliven(model: nn.Module) -> None:
+    """No parameter all zero or all the same, and no LayerScale that hides its branch."""
     for parameter in model.parameters():
         if parameter.dim() < 2 or parameter.abs().max() < 1e-3:
             nn.init.normal_(parameter, parameter.detach().mean().item(), 0.1)
-    return model.double().eval()
 
 
 def images(name: str, batch: int = 2) -> Tensor:
     """A batch for the model of this name."""
-    size = (ARCHITECTURES | REFUSED)[name].image_size
+    size = 32 if name in TRANSFORMERS else (ARCHITECTURES | REFUSED)[name].image_size
     return torch.randn(batch, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+HUGGING_FACE = dict(
+    hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, image_size=32, patch_size=8
+)
+# Model class and configuration class of transformers, and what its configuration has besides the sizes above.
+TRANSFORMERS = {
+    "hf_vit": ("ViTForImageClassification", "ViTConfig", {}),
+    "hf_deit": ("DeiTForImageClassification", "DeiTConfig", {}),
+    "hf_dinov2": ("Dinov2ForImageClassification", "Dinov2Config", dict(layerscale_value=1.0)),
+    "hf_dinov2_registers": (
+        "Dinov2WithRegistersForImageClassification",
+        "Dinov2WithRegistersConfig",
+        dict(layerscale_value=1.0),
+    ),
+    "hf_dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", dict(num_register_tokens=4, layerscale_value=1.0)),
+    "hf_siglip": ("SiglipVisionModel", "SiglipVisionConfig", {}),
+    "hf_clip": ("CLIPVisionModel", "CLIPVisionConfig", {}),
+    "hf_beit": ("BeitForImageClassification", "BeitConfig", dict(use_relative_position_bias=True)),
+}
+
+
+def build_transformers(name: str, **config: Any) -> nn.Module:
+    """A tiny model of Hugging Face transformers in float64 with random weights.
+
+    Args:
+        name: A key of :data:`TRANSFORMERS`.
+        **config: On top of the table's configuration.
+    """
+    import transformers
+
+    model_class, config_class, extra = TRANSFORMERS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**HUGGING_FACE | extra | config)
+    model = getattr(transformers, model_class)(config)
+    _enliven(model)
+    return model.double().eval()

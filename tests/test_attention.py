@@ -1,12 +1,15 @@
 """Every kind of attention against the forward of its own layers, in tiny models of every family."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import timm
 import torch
-from architectures import ARCHITECTURES, REFUSED, build, images
+from architectures import ARCHITECTURES, HUGGING_FACE, REFUSED, TRANSFORMERS, build, build_transformers, images
 from timm.layers import Attention, AttentionRope
 from timm.models.cait import TalkingHeadAttn
 from torch import Tensor, nn
@@ -288,3 +291,77 @@ def test_a_class_of_your_own_gets_a_kind_by_a_decorator() -> None:
             assert_close(recomputed(call), call.attn(*call.args, **call.kwargs))
     finally:
         KINDS.pop(Halved, None)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_layers_of_transformers(name: str, implementation: str) -> None:
+    model = build_transformers(name, attn_implementation=implementation)
+    layers = attention_layers(model)
+    assert len(layers) == 2 and layers[1].name.endswith((".layer.1", ".layers.1"))
+    calls = []
+    for layer in layers:
+        layer.attn.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True)
+    with torch.no_grad():
+        model(images(name))
+    assert len(calls) == 2
+    for attn, args, kwargs, (expected, expected_maps) in calls:
+        kind = kind_of(attn)
+        heads = kind.split(attn, *args, **kwargs)
+        y, maps = kind.merge(attn, heads.apply(heads.v), heads)
+        assert_close(y, expected)
+        assert_close(kind.merge(attn, heads.maps() @ heads.v, heads)[0], expected)
+        assert (maps is None) == (expected_maps is None) == (implementation == "sdpa")
+        if maps is not None:
+            assert_close(maps, expected_maps)
+        assert kind.projection(attn) in list(attn.children()) and heads.v.shape[1] == kind.num_heads(attn) == 3
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["hf_vit", "hf_dinov3", "hf_clip"])
+def test_layers_of_transformers_while_training(name: str, implementation: str) -> None:
+    rates = dict(attention_dropout=0.5) if name != "hf_vit" else dict(attention_probs_dropout_prob=0.5)
+    model = build_transformers(name, attn_implementation=implementation, **rates).train()
+    for layer in attention_layers(model):
+
+        def check(attn: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any, kind: Kind = layer.kind) -> None:
+            state = torch.get_rng_state()
+            torch.manual_seed(0)
+            heads = kind.split(attn, *args, **kwargs)
+            actual, _ = kind.merge(attn, heads.apply(heads.v), heads)
+            torch.manual_seed(0)
+            assert_close(actual, type(attn).forward(attn, *args, **kwargs)[0])
+            assert not torch.equal(actual, output[0])
+            torch.set_rng_state(state)
+
+        layer.attn.register_forward_hook(check, with_kwargs=True)
+    model(images(name))
+
+
+@pytest.mark.parametrize("name", ["hf_vit", "hf_dinov3"])
+def test_masks_of_transformers(name: str) -> None:
+    layer = attention_layers(build_transformers(name))[0]
+    x = torch.randn(2, 9, 48, dtype=torch.float64)
+    mask = (torch.arange(9) < torch.tensor([[9], [5]]))[:, None, None].expand(2, 1, 9, 9)
+    kwargs = dict(position_embeddings=(torch.randn(4, 16), torch.randn(4, 16))) if name == "hf_dinov3" else {}
+    heads = layer.kind.split(layer.attn, x, mask, **kwargs)
+    expected = layer.attn(x, mask, **kwargs)[0]
+    assert_close(layer.kind.merge(layer.attn, heads.apply(heads.v), heads)[0], expected)
+    assert_close(layer.kind.merge(layer.attn, heads.maps() @ heads.v, heads)[0], expected)
+    assert_close(heads.token_mean(heads.v)[1], heads.v[1, :, :5].mean(dim=1, keepdim=True))
+
+
+def test_transformers_is_imported_for_its_models_only() -> None:
+    code = (
+        "import sys, timm, oversmoothing.analysis, oversmoothing.attention as a;"
+        "a.attention_layers(timm.create_model('vit_tiny_patch16_224', depth=1));"
+        "assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_other_attention_of_transformers_is_refused_by_name() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMSNConfig(**HUGGING_FACE)
+    with pytest.raises(UnsupportedAttentionError, match=r"modeling_vit_msn\.\w+ is not supported"):
+        attention_layers(transformers.ViTMSNModel(config))
