@@ -186,7 +186,9 @@ def test_masks(make: type[nn.Module], mask: str, fused: bool) -> None:
 def test_tokens_that_no_query_sees_do_not_count_in_the_mean() -> None:
     attn = perturbed(Attention(12, num_heads=3))
     x = torch.randn(2, 9, 12, dtype=torch.float64)
-    for mask, counts in ((MASKS["by image"], (9, 5)), (MASKS["boolean"], (9, 9)), (MASKS["additive"], (9, 9))):
+    by_head = dict(attn_mask=MASKS["by image"]["attn_mask"].expand(2, 3, 9, 9))
+    plain = (MASKS["boolean"], MASKS["additive"])
+    for mask, counts in ((MASKS["by image"], (9, 5)), (by_head, (9, 5)), *((mask, (9, 9)) for mask in plain)):
         heads = kind_of(attn).split(attn, x, **mask)
         for image, count in enumerate(counts):
             mean = heads.v[image, :, :count].mean(dim=1, keepdim=True)

@@ -108,13 +108,15 @@ class Heads:
 
 
 def counted_tokens(attn_mask: Tensor) -> Tensor:
-    """The key tokens that some query may attend to; the others are padding.
+    """The key tokens that some query may attend to in some head; the others are padding.
 
     Args:
-        attn_mask: (..., Q or 1, N), boolean with False where attention is forbidden, or added to the scores.
+        attn_mask: (..., H or 1, Q or 1, N) or (Q, N), boolean with False where attention is forbidden, or added to the
+            scores.
 
     Returns:
-        (..., N), boolean.
+        (..., 1, N) or (N,), boolean.
     """
     seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > torch.finfo(attn_mask.dtype).min / 2
-    return seen.any(dim=-2)
+    seen = seen.any(dim=-2)
+    return seen if seen.dim() == 1 else seen.any(dim=-2, keepdim=True)
