@@ -353,6 +353,18 @@ def test_masks_of_transformers(name: str) -> None:
     assert_close(heads.token_mean(heads.v)[1], heads.v[1, :, :5].mean(dim=1, keepdim=True))
 
 
+@pytest.mark.parametrize("family", ["CLIP", "Siglip"])
+def test_text_encoders_are_left_out(family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    text = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=50)
+    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=HUGGING_FACE)
+    model = getattr(transformers, f"{family}Model")(config)
+    layers = attention_layers(model)
+    assert len(layers) == 2 and all(layer.name.startswith("vision_model.") for layer in layers)
+    with pytest.raises(UnsupportedAttentionError, match=r"Attention is not supported: it belongs to a text encoder\."):
+        kind_of(model.text_model.encoder.layers[0].self_attn)
+
+
 def test_transformers_is_imported_for_its_models_only() -> None:
     code = (
         "import sys, timm, oversmoothing.analysis, oversmoothing.attention as a;"

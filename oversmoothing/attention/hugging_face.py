@@ -65,6 +65,10 @@ class HuggingFaceHeads(Heads):
 class HuggingFaceKind(Kind):
     """ViT, DeiT, DINOv2, DINOv3, SigLIP, CLIP and BEiT of transformers."""
 
+    def objection(self, attn: nn.Module) -> str | None:
+        """Text encoders of CLIP and SigLIP have the same class."""
+        return "it belongs to a text encoder" if type(attn.config).__name__.endswith("TextConfig") else None
+
     def split(
         self,
         attn: nn.Module,

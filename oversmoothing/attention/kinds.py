@@ -41,6 +41,10 @@ class Kind:
     raster = True  # the block's tokens are in the order of the image's rows
     stream: str | None = None  # the block's module that reads input + branch, where the sum is of other tensors
 
+    def objection(self, attn: nn.Module) -> str | None:
+        """Why this module has no place here although its class has a kind; None where there is nothing to say."""
+        return None
+
     def split(self, attn: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Heads:
         """The layer up to its heads; arguments as those of its forward."""
         raise NotImplementedError
@@ -104,7 +108,8 @@ def find_kind(module: nn.Module) -> Kind | None:
         from . import hugging_face
 
         hugging_face.register(type(module))
-    return KINDS.get(type(module))
+    kind = KINDS.get(type(module))
+    return None if kind is None or kind.objection(module) else kind
 
 
 def kind_of(module: nn.Module) -> Kind:
@@ -122,6 +127,8 @@ def kind_of(module: nn.Module) -> Kind:
 def refusal(module: nn.Module) -> str:
     """The sentence that says why a module's class has no kind."""
     reason = REFUSALS.get(type(module), "no kind is registered for it (oversmoothing.attention.register_kind)")
+    if type(module) in KINDS:
+        reason = KINDS[type(module)].objection(module)
     return f"attention of class {type(module).__module__}.{type(module).__name__} is not supported: {reason}."
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .kinds import REFUSALS, Kind, UnsupportedAttentionError, find_kind, kind_of, refusal
+from .kinds import KINDS, REFUSALS, Kind, UnsupportedAttentionError, find_kind, kind_of, refusal
 
 ATTENTION_NAMES = ("attn", "attention", "self_attn")  # what unknown attention is recognised by
 
@@ -41,7 +41,7 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
         block_name, _, own_name = name.rpartition(".")
         if find_kind(module) is not None:
             layers.append(AttentionLayer(block_name, modules[block_name], name, module))
-        elif type(module) in REFUSALS:
+        elif type(module) in REFUSALS or type(module) in KINDS:
             refused.setdefault(type(module), name)
         elif own_name in ATTENTION_NAMES and _is_unknown_attention(module, modules[block_name]):
             raise UnsupportedAttentionError(f"{type(model).__name__}, {name}: {refusal(module)}")
