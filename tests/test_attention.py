@@ -379,3 +379,12 @@ def test_other_attention_of_transformers_is_refused_by_name() -> None:
     config = transformers.ViTMSNConfig(**HUGGING_FACE)
     with pytest.raises(UnsupportedAttentionError, match=r"modeling_vit_msn\.\w+ is not supported"):
         attention_layers(transformers.ViTMSNModel(config))
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov3", "cait", "swin", "hiera", "hf_vit"])
+def test_split_and_merge_compile_without_a_graph_break(name: str) -> None:
+    model = build_transformers(name) if name in TRANSFORMERS else build(name)
+    call = calls_of(model, images(name))[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: recomputed(call), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(), recomputed(call))
