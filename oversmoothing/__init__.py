@@ -2,18 +2,22 @@
 
 attention  what one attention layer computes, for every class of timm's and transformers' models
 analysis   what attention does to the features, layer by layer: numbers, figures, a report
+attention  what one attention layer computes, for every attention class at hand
+convert    ``add_remedy``: any vision transformer, as it is, with remedies
 remedies   one remedy a file: equation, dense definition, fast form
 fused      what makes remedies free
 weights    any checkpoint file, read safely and loaded with every key accounted for
 zoo        DeiT and CaiT with the remedies, registered with timm (``models`` in a checkout of the repository)
 """
 
+from .convert import add_remedy, describe, list_remedies, remedies_at, remedies_of, remove_remedy
 from .fused import set_fused
 from .remedies import (
     AttnScaleAttention,
     AttnScaleTalkingHeadAttn,
     FeatScaleBlock,
     FeatScaleLayerScaleBlock,
+    RemedyError,
     is_remedy_parameter,
 )
 
@@ -22,6 +26,13 @@ __all__ = [
     "AttnScaleTalkingHeadAttn",
     "FeatScaleBlock",
     "FeatScaleLayerScaleBlock",
+    "RemedyError",
+    "add_remedy",
+    "describe",
     "is_remedy_parameter",
+    "list_remedies",
+    "remedies_at",
+    "remedies_of",
+    "remove_remedy",
     "set_fused",
 ]

@@ -33,6 +33,7 @@ class Heads:
         fused: Whether the layer calls ``scaled_dot_product_attention``; otherwise it makes the maps as tensors.
         attn_mask: The mask the layer was called with, None without; what tells padded tokens.
         context: Whatever else the kind needs after ``split``.
+        first_v: Values of the model's first layer in this pass, for remedies that take them up.
     """
 
     x: Tensor
@@ -46,6 +47,7 @@ class Heads:
     fused: bool = False
     attn_mask: Tensor | None = None
     context: Any = None
+    first_v: Tensor | None = None
     _maps: Tensor | None = field(default=None, init=False, repr=False)
     _dropped: Tensor | None = field(default=None, init=False, repr=False)
 

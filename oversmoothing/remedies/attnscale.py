@@ -11,8 +11,12 @@ can compute ``A V``. ``attn_scale`` is the dense definition, the oracle of the t
 modules below use the closed form wherever it is exact.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
+from timm.layers import Attention
+from timm.models.cait import TalkingHeadAttn
 from torch import Tensor, nn
 
 from ..attention import Heads, register_kind
@@ -20,6 +24,7 @@ from ..attention.cait import TalkingHeadsKind
 from ..attention.vit import PlainKind
 from ..fused.folding import FoldedAttention, can_fold
 from ..fused.talking_heads import FusedTalkingHeadAttn
+from .base import AttentionRemedy, Operator, register_remedy, uniform_map
 
 
 def attn_scale(attn: Tensor, lamb: Tensor) -> Tensor:
@@ -119,3 +124,35 @@ class _AttnScaleTalkingHeadsKind(TalkingHeadsKind):
 
 register_kind(AttnScaleAttention)(_AttnScaleKind)
 register_kind(AttnScaleTalkingHeadAttn)(_AttnScaleTalkingHeadsKind)
+
+
+@register_remedy
+@dataclass(frozen=True, kw_only=True)
+class AttnScale(AttentionRemedy):
+    """``A_d + (1 + lamb)(A - A_d)`` with ``A_d = 1 1^T / N``, ``lamb`` one a head from zero."""
+
+    name = "attnscale"
+    formula = "(1 + lamb) y - lamb m"
+    source = "arXiv 2203.05962, ICLR 2022"
+    cost = "one pass over the values; nothing where the projection does it"
+    per_head = ("lamb",)
+    prefix = ""
+    square = False
+    native = {
+        Attention: AttnScaleAttention,
+        FoldedAttention: AttnScaleAttention,
+        TalkingHeadAttn: AttnScaleTalkingHeadAttn,
+        FusedTalkingHeadAttn: AttnScaleTalkingHeadAttn,
+    }
+
+    lamb: float = 0.0
+
+    def wrap(self, attn: nn.Module, apply: Operator, heads: Heads) -> Operator:
+        """``(1 + lamb) apply(v) - lamb m``."""
+        (lamb,) = self.weights(attn, heads.v)
+        return lambda v: (1 + lamb) * apply(v) - lamb * heads.token_mean(v)
+
+    def maps(self, attn: nn.Module, maps: Tensor, heads: Heads) -> Tensor:
+        """The definition."""
+        (lamb,) = self.weights(attn, maps)
+        return maps + lamb * (maps - uniform_map(heads, maps))

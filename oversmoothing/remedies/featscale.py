@@ -10,14 +10,19 @@ With ``DC[y]`` the mean over the tokens and ``HC[y] = y - DC[y]``, each block ge
 the attention layer allows it (``folding.can_fold``) and no dropout comes between ``proj`` and the mean.
 """
 
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from timm.layers import Attention, use_fused_attn
 from timm.models.cait import LayerScaleBlock, TalkingHeadAttn
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..fused.folding import FoldedAttention, affine, can_fold, has_hooks
 from ..fused.talking_heads import FusedTalkingHeadAttn
+from .base import BranchRemedy, Layer, LayerShape, Operator, register_remedy
 
 # The paper's equation has gain 1. Its code for the DeiT backbone adds both bands a second time, and the published
 # DeiT weights go with that code: gain 2. Its CaiT code adds them once.
@@ -160,3 +165,52 @@ class FeatScaleLayerScaleBlock(LayerScaleBlock):
                 mean = y.mean(dim=1, keepdim=True)
                 return affine(y, *fold_feat_scale(weight, offset, mean, self.lamb1, self.lamb2, self.gain))
         return feat_scale(self.attn(x), self.lamb1, self.lamb2, self.gain)
+
+
+@register_remedy
+@dataclass(frozen=True, kw_only=True)
+class FeatScale(BranchRemedy):
+    """``y + gain (lamb1 DC[y] + lamb2 HC[y])`` on the attention branch, both vectors over the channels, from zero.
+
+    ``gain`` is 2 on timm's ``VisionTransformer``, as in the published weights, and 1, the paper's equation, elsewhere.
+    """
+
+    name = "featscale"
+    formula = "(after the projection) y + gain (lamb1 DC[y] + lamb2 HC[y])"
+    source = "arXiv 2203.05962, ICLR 2022"
+    cost = "one pass over the branch; less where the projection does it"
+    native = {Block: FeatScaleBlock, LayerScaleBlock: FeatScaleLayerScaleBlock}
+    # The same attention layers, which hand out their projection to these blocks.
+    native_attention: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {
+        Attention: FoldedAttention,
+        TalkingHeadAttn: FusedTalkingHeadAttn,
+    }
+
+    gain: float | None = None
+    lamb1: float = 0.0
+    lamb2: float = 0.0
+
+    def for_model(self, model: nn.Module) -> "FeatScale":
+        """With the gain of the model's family, unless one was chosen."""
+        if self.gain is not None:
+            return self
+        return dataclasses.replace(self, gain=DEIT_GAIN if isinstance(model, VisionTransformer) else 1.0)
+
+    def objection(self, model: nn.Module, layers: list[Layer]) -> str | None:
+        """Where windows are merged together with the residual sum."""
+        if any(layer.kind.branch(layer.attn, layer.block) is None for layer in layers):
+            return "its blocks have no method that returns the attention branch for all tokens of an image"
+        return None
+
+    def native_attributes(self) -> dict[str, float]:
+        """``gain``."""
+        return {"gain": self.gain}
+
+    def new_state(self, layer: LayerShape) -> dict[str, Tensor | nn.Module]:
+        """``lamb1`` and ``lamb2`` (C,)."""
+        return {name: torch.full((layer.dim,), float(getattr(self, name))) for name in ("lamb1", "lamb2")}
+
+    def branch(self, block: nn.Module, y: Tensor, token_mean: Operator) -> Tensor:
+        """``(1 + gain lamb2) y + gain (lamb1 - lamb2) DC[y]``."""
+        lamb1, lamb2 = block.lamb1.to(y.dtype), block.lamb2.to(y.dtype)
+        return (1 + self.gain * lamb2) * y + self.gain * (lamb1 - lamb2) * token_mean(y)

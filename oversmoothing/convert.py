@@ -1,0 +1,497 @@
+"""``add_remedy``: any vision transformer, as it is, with remedies.
+
+Modules are converted in place, by a change of their class: what holds them, their parameters and their names stay.
+Where the zoo has a layer with the remedy built in (timm's ``VisionTransformer`` and ``Cait``), a module becomes one of
+those. Elsewhere it becomes a subclass of what it was, made here, whose forward is that of its *kind* with the remedies
+between its two halves. ``remove_remedy`` gives every module its class back.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from timm.layers import use_fused_attn
+from timm.models.cait import Cait
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from .attention import KINDS, Heads, Kind, UnsupportedAttentionError, attention_layers, kind_of
+from .remedies import (
+    REMEDIES,
+    AttentionRemedy,
+    BranchRemedy,
+    Layer,
+    LayerShape,
+    NormRemedy,
+    Remedy,
+    RemedyError,
+    attend,
+)
+from .remedies.featscale import FeatScale
+from .remedies.first_values import FirstValues
+
+# What the library's own attention layers are without their fast paths, which know nothing of other remedies.
+UNFOLDED = {folded: plain for plain, folded in FeatScale.native_attention.items()}
+
+Layers = slice | Sequence[int] | str | None
+Options = Mapping[str, Any]
+
+
+@dataclass
+class Conversion:
+    """What was done to one module; its attribute ``conversion``."""
+
+    original: type[nn.Module]
+    shape: LayerShape
+    remedies: tuple[Remedy, ...] = ()
+    first_values: FirstValues | None = None
+    state: tuple[str, ...] = ()  # parameters and modules that were added
+    attributes: tuple[str, ...] = ()  # plain attributes that were added
+
+
+class Converted:
+    """Base of all classes made here. A pickle of such a module names the class that it was made from."""
+
+    original: ClassVar[type[nn.Module]]
+    conversion: Conversion
+
+    def reset_parameters(self) -> None:
+        """Start values, of the original's parameters and the remedies' (timm calls it after ``to_empty``)."""
+        if hasattr(super(), "reset_parameters"):
+            super().reset_parameters()
+        for remedy in self.conversion.remedies:
+            for name, start in remedy.new_state(self.conversion.shape).items():
+                if isinstance(start, nn.Module):
+                    getattr(self, name).load_state_dict(start.state_dict())
+                else:
+                    with torch.no_grad():
+                        getattr(self, name).copy_(start)
+
+    def __reduce__(self) -> tuple:
+        return _restore, (type(self).__mro__[1], self.original), self.__dict__.copy()
+
+
+def _restore(mixin: type[Converted], original: type[nn.Module]) -> nn.Module:
+    converted = converted_class(mixin, original)
+    return converted.__new__(converted)
+
+
+@cache
+def converted_class(mixin: type[Converted], original: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``original`` whose forward is the mixin's."""
+    attributes = dict(original=original, __module__=__name__, __doc__=original.__doc__)
+    converted = type(f"{mixin.__name__}{original.__name__}", (mixin, original), attributes)
+    if mixin is Remedied:
+        kind = type(KINDS[original])
+        KINDS[converted] = type(f"Remedied{kind.__name__}", (RemediedKind, kind), {"__module__": __name__})()
+    return converted
+
+
+class RemediedKind:
+    """What the analysis sees of a converted attention module: its kind, with the remedies on the maps."""
+
+    def applied_maps(self, attn: "Remedied", heads: Heads) -> Tensor:
+        """(B, H, Q, N), after those remedies that are maps."""
+        maps = super().applied_maps(attn, heads)
+        for remedy in attn.conversion.remedies:
+            if isinstance(remedy, AttentionRemedy) and remedy.has_maps():
+                maps = remedy.maps(attn, maps, heads)
+        return maps
+
+
+class Remedied(Converted):
+    """An attention module with remedies, between its heads or on its output."""
+
+    fused_attn: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original's."""
+        kind, conversion = KINDS[type(self)], self.conversion
+        heads = kind.split(self, *args, **kwargs)
+        heads.fused = heads.fused and self.fused_attn
+        if conversion.first_values is not None:
+            heads.first_v = conversion.first_values.exchange(conversion.shape.index, heads.v)
+        remedies = conversion.remedies
+        y = attend(self, tuple(remedy for remedy in remedies if isinstance(remedy, AttentionRemedy)), heads)
+        y = kind.merge(self, y, heads)
+        for remedy in remedies:
+            if isinstance(remedy, BranchRemedy):
+                y = on_branch(remedy, self, y, kind, heads)
+        return y
+
+
+class RemediedBlock(Converted):
+    """A block of windows, whose attention branch is whole again only behind a method of its own."""
+
+    def _attn(self, x: Tensor) -> Tensor:
+        return self._with_remedies(super()._attn(x))
+
+    def _partition_attn(self, x: Tensor) -> Tensor:
+        return self._with_remedies(super()._partition_attn(x))
+
+    def _window_attn(self, x: Tensor, *args: Any) -> Tensor:
+        return self._with_remedies(super()._window_attn(x, *args))
+
+    def _with_remedies(self, y: Tensor) -> Tensor:
+        for remedy in self.conversion.remedies:
+            y = on_branch(remedy, self, y, kind_of(self.attn))
+        return y
+
+
+class RemediedNorm(Converted):
+    """A norm with a remedy in front of it."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, ..., C) -> the same shape."""
+        tokens = x.flatten(1, -2)
+        for remedy in self.conversion.remedies:
+            tokens = remedy.before_norm(self, tokens)
+        return super().forward(tokens.view_as(x), *args, **kwargs)
+
+
+def on_branch(remedy: BranchRemedy, module: nn.Module, y: Any, kind: Kind, heads: Heads | None = None) -> Any:
+    """A branch remedy on what an attention module returns, in whatever form; ``heads`` tell padded tokens."""
+    if isinstance(y, tuple):
+        return on_branch(remedy, module, y[0], kind, heads), *y[1:]
+    tokens = y.flatten(1, -2) if kind.channels_last else y.flatten(2).mT
+
+    def token_mean(tokens: Tensor) -> Tensor:
+        if heads is None or heads.attn_mask is None:
+            return tokens.mean(dim=1, keepdim=True)
+        return heads.token_mean(tokens.unsqueeze(1)).squeeze(1)
+
+    tokens = remedy.branch(module, tokens, token_mean)
+    return tokens.reshape(y.shape) if kind.channels_last else tokens.mT.reshape(y.shape)
+
+
+# ------------------------------------------------------------------------------------------------------------ the calls
+
+
+def list_remedies() -> list[str]:
+    """Names for :func:`add_remedy`."""
+    return list(REMEDIES)
+
+
+def describe(name: str) -> dict[str, Any]:
+    """A remedy in words and numbers, as plain data.
+
+    Returns:
+        ``name``, ``formula``, ``source``, ``changes`` (attention, branch or norm), ``cost``, ``options`` and their
+        defaults, ``published`` (options of the authors' own form), ``parameters`` of a layer and their shapes.
+
+    Raises:
+        RemedyError: If there is no such remedy.
+    """
+    cls = _find_remedy(name)
+    state = cls().new_state(LayerShape(0, dim=35, num_heads=5, head_dim=7))
+    tensors = {
+        f"{key}.{inner}" if inner else key: tensor
+        for key, value in state.items()
+        for inner, tensor in (value.named_parameters() if isinstance(value, nn.Module) else [("", value)])
+    }
+    letters = {35: "C", 5: "H", 7: "D", 1: "1"}
+    return dict(
+        name=name,
+        formula=cls.formula,
+        source=cls.source,
+        changes=cls.changes,
+        cost=cls.cost,
+        options=dataclasses.asdict(cls()),
+        published=dict(cls.published),
+        parameters={key: f"({', '.join(letters[size] for size in t.shape)},)" for key, t in tensors.items()},
+    )
+
+
+def add_remedy(
+    model: nn.Module, names: str | Sequence[str] | Mapping[str, Options], layers: Layers = None, **options: Any
+) -> nn.Module:
+    """Converts a model in place: its attention layers, blocks or norms get one remedy, or several.
+
+    At the start values it computes what it computed (``reattention`` and the published options of some have no such
+    start). The state dict keeps its names in their order and gets those of the remedies' parameters between them. Later
+    layers of one remedy wrap the earlier ones: the first name is next to the softmax. ::
+
+        add_remedy(model, "attnscale")
+        add_remedy(model, "gfsa", layers=slice(6, None), K=3)
+        add_remedy(model, ["attnscale", "featscale"])
+        add_remedy(model, {"attnscale": {}, "neutreno": dict(alpha=0.6, learnable=False, layers="6:")})
+
+    Args:
+        model: A model of timm or Hugging Face, or any whose attention classes have a kind; without compile or
+            data-parallel wrappers. Give it to the optimizer and to DDP afterwards: it has new parameters.
+        names: One remedy, several, or several with options of their own.
+        layers: Which of the self-attention layers, counted in the order of execution: a slice, indices, or a slice as
+            text ("6:"). All by default. ``neutreno`` and ``value_residual`` begin with the second layer of the model.
+        **options: Of the remedy, where there is one name; see :func:`describe`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        RemedyError: If a name or option is unknown, the model has a remedy already, or the remedy has no meaning in
+            it. The model is then as it was.
+    """
+    wanted = _parse(names, layers, options)
+    found = find_layers(model)
+    _refuse_converted(model)
+    plan = _Plan(model, found)
+    for remedy, spec in wanted:
+        remedy = remedy.for_model(model)
+        plan.add(remedy, spec, _choose(found, spec))
+    plan.carry_out()
+    model.remedies = {
+        remedy.name: dataclasses.asdict(remedy) | ({} if spec is None else {"layers": spec})
+        for remedy, spec in plan.done
+    }
+    return model
+
+
+def remedies_of(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What :func:`add_remedy` did: names with all options, plain data that ``add_remedy(other, ...)`` takes again."""
+    return {name: dict(options) for name, options in getattr(model, "remedies", {}).items()}
+
+
+def remove_remedy(model: nn.Module) -> nn.Module:
+    """Undoes :func:`add_remedy`: every module has its class again, the remedies' parameters are gone.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        RemedyError: If there is nothing to undo.
+    """
+    if not remedies_of(model):
+        raise RemedyError(f"{type(model).__name__} has no remedy that was added to it")
+    for module in model.modules():
+        conversion = module.__dict__.get("conversion")
+        if isinstance(conversion, Conversion):
+            for name in (*conversion.state, *conversion.attributes, "conversion"):
+                delattr(module, name)
+            module.__class__ = conversion.original
+    del model.remedies
+    return model
+
+
+def remedies_at(module: nn.Module) -> tuple[Remedy, ...]:
+    """The remedies in one module, be it converted or a layer of the zoo with a remedy built in."""
+    conversion = module.__dict__.get("conversion")
+    if isinstance(conversion, Conversion):
+        return conversion.remedies
+    return tuple(remedy() for remedy in REMEDIES.values() if type(module) in remedy.native.values())
+
+
+def find_layers(model: nn.Module) -> list[Layer]:
+    """The self-attention layers of a model, in the order of execution.
+
+    Raises:
+        RemedyError: If there are none, or some are of an unknown class.
+    """
+    try:
+        found = attention_layers(model)
+    except UnsupportedAttentionError as error:
+        raise RemedyError(f"no remedy fits: {error}") from error
+    layers = []
+    for index, layer in enumerate(found):
+        weight = layer.kind.projection(layer.attn).weight  # (C, H D), or a convolution's (C, H D, 1, 1)
+        num_heads = layer.kind.num_heads(layer.attn)
+        shape = LayerShape(index, weight.shape[0], num_heads, weight.shape[1] // num_heads)
+        layers.append(Layer(layer.attn_name, layer.attn, layer.block, layer.kind, shape))
+    return layers
+
+
+# -------------------------------------------------------------------------------------------------------------- parsing
+
+
+def _find_remedy(name: str) -> type[Remedy]:
+    if name not in REMEDIES:
+        near = difflib.get_close_matches(str(name), REMEDIES, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(REMEDIES)}"
+        raise RemedyError(f"there is no remedy {name!r}; {hint}")
+    return REMEDIES[name]
+
+
+def _parse(
+    names: str | Sequence[str] | Mapping[str, Options], layers: Layers, options: Options
+) -> list[tuple[Remedy, str | list[int] | None]]:
+    """The one place that looks at raw arguments: remedies with the layers for each in the form that is kept."""
+    if isinstance(names, str):
+        names = {names: options}
+    elif options:
+        raise RemedyError(
+            f"options {', '.join(options)} of which remedy? With several, give a mapping: "
+            '{"gfsa": {"K": 3}, "neutreno": {}}'
+        )
+    if not names:
+        raise RemedyError(f"no remedy is named; there are {', '.join(REMEDIES)}")
+    if not isinstance(names, Mapping):
+        if len(set(names)) < len(names):
+            raise RemedyError(f"a remedy is named twice: {', '.join(names)}")
+        names = {name: {} for name in names}
+    wanted = []
+    for name, own in names.items():
+        cls, own = _find_remedy(name), {"layers": layers} | dict(own)
+        spec = _plain_layers(own.pop("layers"))
+        known = [option.name for option in dataclasses.fields(cls)]
+        if unknown := own.keys() - set(known):
+            raise RemedyError(f"{name} has no option {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        wanted.append((cls(**own), spec))
+    return wanted
+
+
+def _plain_layers(layers: Layers) -> str | list[int] | None:
+    if isinstance(layers, slice):
+        parts = [layers.start, layers.stop] + ([] if layers.step is None else [layers.step])
+        layers = ":".join("" if part is None else str(part) for part in parts)
+    if isinstance(layers, int):
+        return [layers]
+    return layers if layers is None or isinstance(layers, str) else list(layers)
+
+
+def _choose(found: list[Layer], spec: str | list[int] | None) -> list[Layer]:
+    try:
+        if spec is None:
+            return found
+        if isinstance(spec, str):
+            parts = [int(part) if part else None for part in spec.split(":")]
+            chosen = found[slice(*parts)] if len(parts) > 1 else [found[parts[0]]]
+        else:
+            chosen = [found[index] for index in sorted({range(len(found))[index] for index in spec})]
+    except (ValueError, TypeError, IndexError):
+        raise RemedyError(
+            f"layers={spec!r}: give a slice, indices below {len(found)}, or a slice as text, such as '6:'"
+        ) from None
+    if not chosen:
+        raise RemedyError(f"layers={spec!r} chooses none of the model's {len(found)} layers")
+    return chosen
+
+
+def _refuse_converted(model: nn.Module) -> None:
+    present = {remedy.name for module in model.modules() for remedy in remedies_at(module)}
+    if remedies_of(model):
+        raise RemedyError(
+            f"{type(model).__name__} has been converted already ({', '.join(remedies_of(model))}): call remove_remedy "
+            "first, or name all remedies in one call"
+        )
+    if present:
+        raise RemedyError(
+            f"{type(model).__name__} has {', '.join(sorted(present))} built in: start from its plain baseline and name "
+            "all remedies in one call"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- converting
+
+
+@dataclass
+class _Change:
+    """What is to be done to one module."""
+
+    module: nn.Module
+    shape: LayerShape
+    mixin: type[Converted]
+    remedies: list[Remedy] = field(default_factory=list)
+    native: type[nn.Module] | None = None  # the class to become, where the zoo has one
+    first_values: FirstValues | None = None
+
+
+class _Plan:
+    """Collects changes, refuses what is impossible, and touches the model only in :meth:`carry_out`."""
+
+    def __init__(self, model: nn.Module, layers: list[Layer]) -> None:
+        self.model = model
+        self.layers = layers
+        self.changes: dict[nn.Module, _Change] = {}
+        self.readers: list[Layer] = []  # of the first layer's values
+        self.done: list[tuple[Remedy, str | list[int] | None]] = []
+        self.is_zoo_family = isinstance(model, VisionTransformer | Cait)
+
+    def add(self, remedy: Remedy, spec: str | list[int] | None, layers: list[Layer]) -> None:
+        """One remedy in some layers.
+
+        Raises:
+            RemedyError: If it has no meaning there.
+        """
+        needs_first = isinstance(remedy, AttentionRemedy) and remedy.needs_first_values
+        reason = remedy.objection(self.model, self.layers if needs_first else layers)
+        if reason is not None:
+            raise RemedyError(f"{remedy.name} has no meaning in {type(self.model).__name__}: {reason}")
+        if needs_first:
+            layers = [layer for layer in layers if layer.shape.index > 0]
+            if not layers:
+                raise RemedyError(f"{remedy.name} needs a layer after the first one, whose values it takes up")
+            self.readers += layers
+        for layer in layers:
+            if isinstance(remedy, AttentionRemedy):
+                self._change(layer.attn, layer, Remedied).remedies.append(remedy)
+            elif isinstance(remedy, BranchRemedy):
+                self._add_to_branch(remedy, layer)
+        if isinstance(remedy, NormRemedy):
+            for layer in layers:
+                for norm in remedy.norms(self.model, layer, is_last=layer is self.layers[-1]):
+                    self._change(norm, layer, RemediedNorm, dim=norm.weight.numel()).remedies.append(remedy)
+        self.done.append((remedy, spec))
+
+    def carry_out(self) -> None:
+        """Changes the modules."""
+        if self.readers:
+            shared = FirstValues(last_index=max(layer.shape.index for layer in self.readers))
+            for layer in (self.layers[0], *self.readers):
+                self._change(layer.attn, layer, Remedied).first_values = shared
+        for change in self.changes.values():
+            self._decide_native(change)
+        states = [self._new_state(change) for change in self.changes.values()]
+        for change, state in zip(self.changes.values(), states, strict=True):
+            _convert(change, state)
+
+    def _change(self, module: nn.Module, layer: Layer, mixin: type[Converted], dim: int | None = None) -> _Change:
+        if module not in self.changes:
+            shape = dataclasses.replace(layer.shape, dim=dim or layer.shape.dim)
+            self.changes[module] = _Change(module, shape, mixin)
+        return self.changes[module]
+
+    def _add_to_branch(self, remedy: BranchRemedy, layer: Layer) -> None:
+        if self.is_zoo_family and type(layer.block) in remedy.native:
+            self._change(layer.block, layer, RemediedBlock).remedies.append(remedy)
+            self._change(layer.attn, layer, Remedied)
+            return
+        module, _ = layer.kind.branch(layer.attn, layer.block)
+        mixin = Remedied if module is layer.attn else RemediedBlock
+        self._change(module, layer, mixin).remedies.append(remedy)
+
+    def _decide_native(self, change: _Change) -> None:
+        if not self.is_zoo_family or change.first_values is not None:
+            return
+        if len(change.remedies) == 1:
+            change.native = change.remedies[0].native.get(type(change.module))
+        elif not change.remedies:
+            change.native = FeatScale.native_attention.get(type(change.module), type(change.module))
+
+    def _new_state(self, change: _Change) -> dict[str, nn.Parameter | nn.Module]:
+        like = next(p for m in (change.module, self.model) for p in m.parameters() if p.is_floating_point())
+        state: dict[str, nn.Parameter | nn.Module] = {}
+        for remedy in change.remedies:
+            for name, value in remedy.new_state(change.shape).items():
+                if name in state or hasattr(change.module, name):
+                    raise RemedyError(f"{remedy.name}: {type(change.module).__name__} has an attribute {name} already")
+                value = value.to(device=like.device, dtype=like.dtype)
+                state[name] = value if isinstance(value, nn.Module) else nn.Parameter(value)
+        return state
+
+
+def _convert(change: _Change, state: Mapping[str, nn.Parameter | nn.Module]) -> None:
+    module, original = change.module, type(change.module)
+    attributes: dict[str, Any] = {}
+    if change.mixin is Remedied or change.native:
+        attributes |= {} if hasattr(module, "fused_attn") else {"fused_attn": use_fused_attn()}
+    if change.native:
+        attributes |= {k: v for remedy in change.remedies for k, v in remedy.native_attributes().items()}
+    module.__class__ = change.native or converted_class(change.mixin, UNFOLDED.get(original, original))
+    for name, value in {**attributes, **state}.items():
+        setattr(module, name, value)
+    module.conversion = Conversion(
+        original, change.shape, tuple(change.remedies), change.first_values, tuple(state), tuple(attributes)
+    )

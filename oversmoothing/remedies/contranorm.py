@@ -1,0 +1,91 @@
+"""ContraNorm: every norm first moves the tokens apart."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.models import eva, naflexvit, swin_transformer_v2, swin_transformer_v2_cr, vision_transformer
+from torch import Tensor, nn
+
+from .base import Layer, LayerShape, NormRemedy, RemedyError, register_remedy
+
+POST_NORM = (
+    vision_transformer.ResPostBlock,
+    eva.EvaBlockPostNorm,
+    swin_transformer_v2.SwinTransformerV2Block,
+    swin_transformer_v2_cr.SwinTransformerV2CrBlock,
+)
+
+
+@register_remedy
+@dataclass(frozen=True, kw_only=True)
+class ContraNorm(NormRemedy):
+    """``norm(x - s z)`` with ``z = softmax(n n^T / tau) x`` and ``n`` the tokens with L2 norm 1.
+
+    Options as in the authors' code: ``dual`` adds the softmax over columns, ``pre`` puts ``n`` in the place of ``x``,
+    ``identity`` has ``(1 + s) x`` instead of ``x``, ``learnable`` makes ``s`` a vector over the channels, ``positive``
+    its exponential. With ``learnable`` and ``identity`` their code has ``s x - s z``, without the 1, and so has this.
+    It replaces every norm: both of a block and the model's last one. The class token takes part.
+    The paper writes ``softmax(x x^T)``; the code normalises the rows. It gives no values for its ViT tables: its
+    script has ``s = 0.01`` in a comment.
+    """
+
+    name = "contranorm"
+    formula = "norm(x - s softmax(n n^T / tau) x), n = x / |x|"
+    source = "arXiv 2303.06562, ICLR 2023"
+    cost = "a fused attention with one head of width C in each norm"
+    published = dict(scale=0.01, learnable=False)
+
+    scale: float = 0.0
+    tau: float = 1.0
+    learnable: bool = True
+    positive: bool = False
+    dual: bool = False
+    pre: bool = False
+    identity: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scale == 0 and (self.identity or self.positive) and self.learnable:
+            raise RemedyError("contranorm: identity and positive need a scale above 0: at 0 they are no plain norm")
+
+    def objection(self, model: nn.Module, layers: list[Layer]) -> str | None:
+        """Where norms do not stand in front of the branches, or see something else than the tokens of one image."""
+        if isinstance(model, naflexvit.NaFlexVit):
+            return "its batches hold padding, which would take part in the norm"
+        if any(isinstance(layer.block, POST_NORM) for layer in layers):
+            return "its norms stand behind the branches"
+        if not all(layer.kind.channels_last and len(self.norms(model, layer, is_last=False)) == 2 for layer in layers):
+            return "its blocks have no pair of norms over tokens with channels last"
+        return None
+
+    def new_state(self, layer: LayerShape) -> dict[str, Tensor | nn.Module]:
+        """``contranorm_scale`` (C,), where learnable."""
+        start = torch.full((layer.dim,), float(self.scale))
+        return {"contranorm_scale": start.log() if self.positive else start} if self.learnable else {}
+
+    def before_norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """One or two fused attention calls in place of the N x N similarities."""
+        n = F.normalize(x, dim=-1)
+        x = n if self.pre else x
+        z = self._mix(n, x)
+        s: Tensor | float = self.scale
+        if self.learnable:
+            s = norm.contranorm_scale.to(x.dtype)
+            s = s.exp() if self.positive else s
+        if self.identity:
+            return (s if self.learnable else 1 + s) * x - s * z
+        return x - s * z
+
+    def _mix(self, n: Tensor, x: Tensor) -> Tensor:
+        n, x = n.unsqueeze(1), x.unsqueeze(1)  # one head
+        if not self.dual:
+            return F.scaled_dot_product_attention(n, n, x, scale=1 / self.tau).squeeze(1)
+        # One more key, zero, whose weight w = 1 / (1 + D) tells the row sums D of E = exp(n n^T / tau). E is symmetric,
+        # so they are its column sums too, and the softmax over columns is E D^-1 = D S D^-1 with S the one over rows.
+        queries, keys, values = F.pad(n, (0, 1)), F.pad(n, (0, 1, 0, 1)), F.pad(x, (0, 1, 0, 1))
+        values[..., -1, -1] = 1
+        padded = F.scaled_dot_product_attention(queries, keys, values, scale=1 / self.tau)
+        w = padded[..., -1:]
+        sums = 1 / w - 1
+        columns = sums * F.scaled_dot_product_attention(n, n, x / sums, scale=1 / self.tau)
+        return (padded[..., :-1] / (1 - w) + columns).squeeze(1)

@@ -1,0 +1,87 @@
+"""The first layer's values, handed on to the later layers of the same forward pass."""
+
+import weakref
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class FirstValues:
+    """One for all converted layers of a model: the first one puts its values here, the others get them.
+
+    It is no module and holds no parameters; copies and pickles of it are empty. The values keep their graph, so
+    gradients reach the first layer. With gradient checkpointing backward runs the later layers again, and they need the
+    values of their own forward pass: with two passes waiting for backward, or with reentrant checkpointing, which cuts
+    the graph, they would get others, so both are refused.
+
+    Args:
+        last_index: The layer after which nobody asks for the values.
+    """
+
+    def __init__(self, last_index: int) -> None:
+        self.last_index = last_index
+        self.v: Tensor | None = None
+        self.with_grad = False
+        self.waiting: weakref.WeakSet[_Pass] = weakref.WeakSet()  # passes whose backward has not come here yet
+
+    def exchange(self, index: int, v: Tensor) -> Tensor:
+        """The first layer's values, (B, H, N, D); called by every layer with its own."""
+        if index == 0:
+            self.put(v)
+            return v
+        return self.get(index, v.shape)
+
+    def put(self, v: Tensor) -> None:
+        """Keeps the first layer's values."""
+        self.v = v
+        self.with_grad = torch.is_grad_enabled()
+        if v.requires_grad and not torch.compiler.is_compiling() and not _in_backward():
+            this_pass = _Pass()  # lives as long as the graph
+            self.waiting.add(this_pass)
+            v.register_hook(partial(_reached, self.waiting, this_pass))
+
+    def get(self, index: int, shape: torch.Size) -> Tensor:
+        """The first layer's values, for a layer whose own have this shape.
+
+        Raises:
+            RuntimeError: If they are not those of this forward pass.
+        """
+        v = self.v
+        if v is None or v.shape != shape:
+            found = "missing" if v is None else f"of shape {tuple(v.shape)}, this layer's of {tuple(shape)}"
+            raise RuntimeError(
+                f"the first layer's values are {found}: run the whole model, whose layers must see the same tokens"
+            )
+        if not torch.compiler.is_compiling() and _in_backward():
+            if len(self.waiting) > 1:
+                raise RuntimeError(
+                    "a layer that uses the first layer's values is run again by gradient checkpointing, but several "
+                    "forward passes wait for their backward: call backward after each of them"
+                )
+            if torch.is_grad_enabled() and not self.with_grad:
+                raise RuntimeError(
+                    "a layer that uses the first layer's values needs gradient checkpointing with use_reentrant=False"
+                )
+        if index == self.last_index and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
+            self.v = None
+        return v
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FirstValues":
+        return FirstValues(self.last_index)
+
+    def __reduce__(self) -> tuple:
+        return FirstValues, (self.last_index,)
+
+
+class _Pass:
+    """One forward pass."""
+
+
+def _reached(waiting: "weakref.WeakSet[_Pass]", this_pass: _Pass, grad: Tensor) -> None:
+    waiting.discard(this_pass)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks it
