@@ -5,7 +5,7 @@ import logging
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import Mixup, resolve_data_config
@@ -26,7 +26,14 @@ import samplers
 import utils
 from datasets import DataOptions
 from options import ArgumentError, mixup_active
-from oversmoothing.weights import check_model_name, create_model, load_weights, number_of_classes, read_checkpoint
+from oversmoothing.weights import (
+    check_model_name,
+    create_model,
+    load_weights,
+    number_of_classes,
+    read_checkpoint,
+    trained_with,
+)
 from oversmoothing.weights.model import BUILDER_ARGUMENTS
 from readers.loader import build_loader, start_workers
 from utils import World
@@ -106,8 +113,28 @@ def check_model_names(args: argparse.Namespace) -> None:
         check_model_name(args.teacher_model, "--teacher-model")
 
 
-def build_model(args: argparse.Namespace, classes: int) -> nn.Module:
-    """The model of ``--model``; ``--drop`` goes where the paper's code has it, not to ``drop_rate`` (the head)."""
+def remedies(args: argparse.Namespace, start: Start) -> dict[str, dict[str, Any]]:
+    """Names and options of ``--remedy``; where it is left out, those of the checkpoint that the run starts from.
+
+    Raises:
+        ArgumentError: If an option belongs to none of them.
+    """
+    try:
+        chosen = oversmoothing.remedy_options(args.remedy, args.remedy_kwargs)
+    except oversmoothing.RemedyError as error:
+        raise ArgumentError(f"--remedy {' '.join(args.remedy)} --remedy-kwargs: {error}") from error
+    trained = trained_with(start.checkpoint) if start.checkpoint else {}
+    if chosen or trained.get("model") != args.model or not trained.get("remedy"):
+        return chosen
+    _logger.info(f"--remedy {' '.join(trained['remedy'])}, as {start.source} was trained with it")
+    return trained["remedy"]
+
+
+def build_model(args: argparse.Namespace, classes: int, start: Start = Start()) -> nn.Module:
+    """The model of ``--model`` with its remedies (see :func:`remedies`).
+
+    ``--drop`` goes where the paper's code has it, not to ``drop_rate`` (the head).
+    """
     kwargs = {}
     if args.drop:
         kwargs |= {"pos_drop_rate": args.drop, "proj_drop_rate": args.drop}
@@ -119,7 +146,9 @@ def build_model(args: argparse.Namespace, classes: int) -> nn.Module:
             "--finetune or --resume, the input size from --input-size"
         )
     kwargs |= args.model_kwargs
-    model = create_model(args.model, num_classes=classes, input_size=args.input_size, model_kwargs=kwargs)
+    model = create_model(
+        args.model, num_classes=classes, input_size=args.input_size, model_kwargs=kwargs, remedies=remedies(args, start)
+    )
     if args.distillation_type != "none":
         if not hasattr(model, "set_distilled_training"):
             raise ArgumentError(

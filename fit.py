@@ -21,6 +21,7 @@ import optim
 import reporting
 import utils
 from build import Loaders, Start
+from oversmoothing import remedies_of
 from utils import World
 
 _logger = logging.getLogger(__name__)
@@ -160,7 +161,9 @@ class Saver:
     """Assembles and writes the run's checkpoints; knows its best accuracies."""
 
     def __init__(self, args: argparse.Namespace, trainer: engine.Trainer, world: World, max_accuracy: dict) -> None:
-        self.args = argparse.Namespace(**(vars(args) | {"world_size": world.world_size}))
+        # The remedies as they are in the model, wherever they came from: what rebuilds it.
+        remedies = {"remedy": remedies_of(trainer.bare_model), "remedy_kwargs": {}}
+        self.args = argparse.Namespace(**(vars(args) | {"world_size": world.world_size} | remedies))
         self.trainer, self.world, self.max_accuracy = trainer, world, max_accuracy
 
     def note(self, stats: dict[str, float]) -> bool:

@@ -23,6 +23,7 @@ import build
 import datasets
 import engine
 import models
+import oversmoothing
 import preflight
 import reporting
 import utils
@@ -40,6 +41,10 @@ def main(args: argparse.Namespace) -> None:
     check_args(args)
     if args.list_models:
         print("\n".join(models.list_models()))
+        return
+    if args.list_remedies:
+        for remedy in map(oversmoothing.describe, oversmoothing.list_remedies()):
+            print(f"{remedy['name']:16}{remedy['formula']}   [{remedy['source']}]")
         return
     build.check_model_names(args)
     world = utils.this_process(args.device)
@@ -66,7 +71,7 @@ def run(
 ) -> None:
     """What the processes do together: ``--throughput``, ``--eval`` or training."""
     utils.seed_everything(args.seed)
-    model = build.build_model(args, build.num_classes(args, start)).to(world.device)
+    model = build.build_model(args, build.num_classes(args, start), start).to(world.device)
     about.append(reporting.describe_model(args.model, model, args.input_size, world.device))
     _logger.info(about[-1])
     start = build.load_start(args, start, model, world)

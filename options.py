@@ -112,7 +112,7 @@ class KeyValues(ParseKwargs):
         option_string: str | None = None,
     ) -> None:
         for word in values:
-            if not word.partition("=")[0].isidentifier() or "=" not in word:
+            if not word.partition("=")[0].replace(".", "_").isidentifier() or "=" not in word:
                 parser.error(f"argument {option_string}: {word!r} is not of the form KEY=VALUE, e.g. depth=24")
         try:
             super().__call__(parser, namespace, values, option_string)
@@ -187,6 +187,23 @@ def _model(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="constructor arguments of the model, e.g. embed_dim=96 num_heads=3 patch_size=8",
     )
+    group.add(
+        "--remedy",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help="remedies against over-smoothing to add to the model, of those that --list-remedies prints; left out: "
+        "those of the checkpoint that the run starts from",
+    )
+    group.add(
+        "--remedy-kwargs",
+        nargs="*",
+        default={},
+        action=KeyValues,
+        metavar="KEY=VALUE",
+        help="their options, e.g. layers=6: K=3; of one among several: gfsa.K=3",
+    )
+    group.add("--list-remedies", action="store_true", help="print the remedies with their formulas and leave")
     group.add(
         "--drop",
         type=float,

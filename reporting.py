@@ -19,7 +19,6 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -28,6 +27,7 @@ import options
 import oversmoothing
 import utils
 from oversmoothing.analysis import probe
+from oversmoothing.analysis.cost import count_macs
 
 _logger = logging.getLogger(__name__)
 
@@ -37,24 +37,13 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def count_gmacs(model: nn.Module, input_size: int, device: torch.device) -> float:
-    """Multiply-adds of one image's forward pass, in 1e9 (what the papers of this field call GFLOPs)."""
-    training = model.training
-    model.eval()
-    # With gradients: without them the counter's hooks fail on a view of a parameter, such as CaiT's class token.
-    with FlopCounterMode(display=False) as counter, torch.enable_grad():
-        model(torch.zeros(1, 3, input_size, input_size, device=device))
-    model.train(training)
-    return counter.get_total_flops() / 2e9
-
-
 def describe_model(name: str, model: nn.Module, input_size: int, device: torch.device) -> str:
     """One line: name, parameters, cost, and how many of the parameters are the remedy's."""
+    gmacs = count_macs(model, torch.zeros(1, 3, input_size, input_size, device=device)) / 1e9
     added = sum(p.numel() for n, p in model.named_parameters() if oversmoothing.is_remedy_parameter(n))
     return (
         f"model: {name}, {count_parameters(model):,} parameters ({added:,} of them the remedy's), "
-        f"{count_gmacs(model, input_size, device):.2f} GFLOPs (multiply-adds) "
-        f"at {input_size} px, {model.num_classes} classes"
+        f"{gmacs:.2f} GFLOPs (multiply-adds) at {input_size} px, {model.num_classes} classes"
     )
 
 

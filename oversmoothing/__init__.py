@@ -10,7 +10,7 @@ weights    any checkpoint file, read safely and loaded with every key accounted 
 zoo        DeiT and CaiT with the remedies, registered with timm (``models`` in a checkout of the repository)
 """
 
-from .convert import add_remedy, describe, list_remedies, remedies_at, remedies_of, remove_remedy
+from .convert import add_remedy, describe, list_remedies, remedies_at, remedies_of, remedy_options, remove_remedy
 from .fused import set_fused
 from .remedies import (
     AttnScaleAttention,
@@ -33,6 +33,7 @@ __all__ = [
     "list_remedies",
     "remedies_at",
     "remedies_of",
+    "remedy_options",
     "remove_remedy",
     "set_fused",
 ]

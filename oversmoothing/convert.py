@@ -255,6 +255,34 @@ def remedies_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {name: dict(options) for name, options in getattr(model, "remedies", {}).items()}
 
 
+def remedy_options(names: Sequence[str], options: Options) -> dict[str, dict[str, Any]]:
+    """What a command line says of remedies in the form of :func:`add_remedy`.
+
+    Args:
+        names: Of the remedies, the first next to the softmax.
+        options: ``{"K": 3}`` for the only remedy, ``{"gfsa.K": 3}`` for one of several; ``{"layers": "6:"}`` for all.
+
+    Raises:
+        RemedyError: If an option is of none of them, or a remedy is named twice.
+    """
+    if len(set(names)) < len(names):
+        raise RemedyError(f"a remedy is named twice: {' '.join(names)}")
+    chosen: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for key, value in options.items():
+        name, dot, option = key.partition(".")
+        if dot and name in chosen:
+            chosen[name][option] = value
+        elif not dot and key == "layers" and chosen:
+            for own in chosen.values():
+                own.setdefault("layers", value)
+        elif not dot and len(chosen) == 1:
+            chosen[names[0]][key] = value
+        else:
+            way_out = f"write {names[0]}.{option or key}={value}" if names else "name a remedy"
+            raise RemedyError(f"{key}={value}: of which remedy ({' '.join(names) or 'none is named'})? {way_out}")
+    return chosen
+
+
 def remove_remedy(model: nn.Module) -> nn.Module:
     """Undoes :func:`add_remedy`: every module has its class again, the remedies' parameters are gone.
 

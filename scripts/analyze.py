@@ -34,6 +34,7 @@ from tqdm import tqdm
 import models  # noqa: F401  (registers the zoo with timm)
 from datasets import DATA_SETS, build_transform, load_image
 from options import RANGES, KeyValues
+from oversmoothing import list_remedies
 from oversmoothing.analysis.figures import Picture
 from oversmoothing.analysis.measurement import measure
 from oversmoothing.analysis.report import write_analysis
@@ -64,7 +65,7 @@ class _KwargsOfLastModel(KeyValues):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         holder = argparse.Namespace()
         super().__call__(parser, holder, values, option_string)
-        _OfLastModel([option_string], "kwargs")(parser, namespace, getattr(holder, self.dest), option_string)
+        _OfLastModel([option_string], self.dest)(parser, namespace, getattr(holder, self.dest), option_string)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -92,11 +93,29 @@ def get_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--model-kwargs",
+        dest="kwargs",
         action=_KwargsOfLastModel,
         nargs="*",
         default=argparse.SUPPRESS,
         metavar="KEY=VALUE",
         help="constructor arguments, e.g. depth=24",
+    )
+    group.add_argument(
+        "--remedy",
+        action=_OfLastModel,
+        nargs="+",
+        choices=list_remedies(),
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help=f"remedies to add to the model, of {', '.join(list_remedies())}; left out: as the checkpoint says",
+    )
+    group.add_argument(
+        "--remedy-kwargs",
+        action=_KwargsOfLastModel,
+        nargs="*",
+        default=argparse.SUPPRESS,
+        metavar="KEY=VALUE",
+        help="their options, e.g. layers=6: K=3",
     )
 
     group = parser.add_argument_group("images")

@@ -12,7 +12,6 @@ excluded: they do not depend on the machine. --results-file stores everything as
 """
 
 import argparse
-import copy
 import gc
 import json
 import platform
@@ -37,11 +36,11 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure  # without pyplot: no display and no global state
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import models  # noqa: F401  (registers the zoo with timm)
 import oversmoothing
 from options import KeyValues, spell
+from oversmoothing.analysis.cost import count_macs
 from oversmoothing.weights import check_model_name, create_model
 from scripts.benchmark_data import data_table
 from scripts.benchmark_step import scaling_table, step_table
@@ -84,7 +83,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--compare",
         nargs="+",
         metavar="NAME",
-        help="only the models table: a plain model, then what to compare with it",
+        help="only the models table: a plain model, then what to compare with it; NAME+REMEDY adds a remedy",
     )
     parser.add_argument("--model", metavar="NAME", help="no table: the speed, memory and MACs of this model")
     parser.add_argument("--bench", choices=("both", "infer", "train"), default="both", help="what of it")
@@ -119,8 +118,13 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def build(name: str, img_size: int | None, device: torch.device, **kwargs: Any) -> nn.Module:
-    """A model with the parameters of its remedy drawn at random: at zero some of their work could be skipped."""
-    model = create_model(name, input_size=img_size, model_kwargs=kwargs).to(device)
+    """A model with the parameters of its remedy drawn at random: at zero some of their work could be skipped.
+
+    ``deit_small_patch16_224+gfsa`` is that model with a remedy added.
+    """
+    name, *remedies = name.split("+")
+    remedies = {remedy: {} for remedy in remedies}
+    model = create_model(name, input_size=img_size, model_kwargs=kwargs, remedies=remedies).to(device)
     if not hasattr(model, "patch_embed"):
         raise ValueError(f"{name} is no vision transformer: give a model with patches")
     with torch.no_grad():
@@ -190,17 +194,6 @@ def bytes_saved(model: nn.Module, loss: Callable[[], Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss()
     return sum(storage.nbytes() for storage in storages.values())
-
-
-def count_macs(runner: Runner) -> int:
-    """Multiply-accumulates of one image, matrix products and convolutions only, without any short cut.
-
-    So they are comparable with published numbers; the counter does not see into fused attention either.
-    """
-    model = oversmoothing.set_fused(copy.deepcopy(runner.model), False).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(runner.images[:1])
-    return counter.get_total_flops() // 2
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -363,7 +356,7 @@ def _benchmark_model(args: argparse.Namespace, device: torch.device, batch_size:
         batch_size=batch_size,
         img_size=runner.images.shape[-1],
         param_count=round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2),
-        gmacs=round(count_macs(runner) / 1e9, 3),
+        gmacs=round(count_macs(runner.model, runner.images[:1]) / 1e9, 3),
         saved_mib_per_image=round(bytes_saved(model, runner.loss) / batch_size / MIB, 2),
     )
     for phase in ("infer", "train") if args.bench == "both" else (args.bench,):
@@ -411,7 +404,7 @@ def check_args(args: argparse.Namespace) -> None:
     """
     resolve_device(args.device)
     for name in args.compare or ():
-        check_model_name(name, "--compare")
+        check_model_name(name.split("+")[0], "--compare")
     if args.model:
         check_model_name(args.model)
     problems = []

@@ -32,7 +32,7 @@ import models
 import options
 import oversmoothing
 from datasets import NOMINAL_CLASSES
-from oversmoothing.weights import CheckpointError, ModelError, model_from_checkpoint, read_checkpoint
+from oversmoothing.weights import CheckpointError, ModelError, model_from_checkpoint, published_model, read_checkpoint
 from scripts.plot_log import LogError, read_log
 
 # --data-set -> its name on the Hub where it has one, and in words.
@@ -47,7 +47,7 @@ DATASETS = {
 }
 # Of a run's arguments these alone are published; what is not named here, paths above all, stays at home.
 RECIPE = (
-    *("model", "model_kwargs", "input_size", "drop", "drop_path", "model_ema", "model_ema_decay"),
+    *("model", "model_kwargs", "remedy", "input_size", "drop", "drop_path", "model_ema", "model_ema_decay"),
     *("data_set", "batch_size", "epochs", "grad_accum", "seed", "amp_dtype", "fast_loader"),
     *("opt", "opt_eps", "opt_betas", "clip_grad", "momentum", "weight_decay"),
     *("lr", "sched", "warmup_epochs", "warmup_lr", "min_lr", "decay_epochs", "decay_rate"),
@@ -99,6 +99,11 @@ def as_command(chosen: dict[str, Any], processes: int) -> str:
     words = ["torchrun", f"--nproc_per_node={processes}", "main.py", "--data-path", "/path/to/data"]
     for name, value in chosen.items():
         if value is None or value == defaults[name]:
+            continue
+        if name == "remedy":
+            if value:
+                options_of = [f"{remedy}.{key}={entry}" for remedy, own in value.items() for key, entry in own.items()]
+                words += ["--remedy", *value, "--remedy-kwargs", *options_of]
             continue
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
@@ -175,10 +180,18 @@ def model_card(
     lambdas = sum(p.numel() for n, p in model.named_parameters() if oversmoothing.is_remedy_parameter(n))
     size = timm.data.resolve_model_data_config(model)["input_size"][-1]
     ours = name in models.list_models()
+    register = ["import models  # the training repository's folder: registers its models with timm"] if ours else []
+    if remedies := oversmoothing.remedies_of(model):
+        create = [
+            "from oversmoothing.weights import published_model  # adds " + ", ".join(remedies),
+            f'model = published_model("hf-hub:{repository}").eval()',
+        ]
+    else:
+        create = [f'model = timm.create_model("hf-hub:{repository}", pretrained=True).eval()']
     usage = [
         "import timm",
-        *(["import oversmoothing.zoo  # registers the models (install the training repository)"] if ours else []),
-        f'model = timm.create_model("hf-hub:{repository}", pretrained=True).eval()',
+        *register,
+        *create,
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)",
     ]
     parts = [
@@ -224,14 +237,15 @@ def write_folder(folder: Path, args: argparse.Namespace) -> None:
         checkpoint, source=source, name=args.model, weights=weights, model_kwargs=args.model_kwargs
     )
     crop_pct = (checkpoint.get("args") or {}).get("eval_crop_ratio")
+    remedies = oversmoothing.remedies_of(model)
     save_for_hf(
         model,
         str(folder),
         safe_serialization=True,
-        model_config={"pretrained_cfg": {"license": args.license}},
+        model_config={"pretrained_cfg": {"license": args.license}} | ({"remedies": remedies} if remedies else {}),
         data_config={"crop_pct": crop_pct} if crop_pct else None,
     )
-    again = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    again = published_model(str(folder)) if remedies else timm.create_model(f"local-dir:{folder}", pretrained=True)
     torch.testing.assert_close(dict(again.state_dict()), dict(model.state_dict()), rtol=0, atol=0, equal_nan=True)
     rows = results(source, checkpoint, args.ema)
     model_card(args.repository, model, checkpoint, rows, args.license).save(folder / "README.md")

@@ -9,6 +9,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from ..attention import AttentionLayer
+from ..convert import remedy_options
 from ..weights import create_model, model_from_checkpoint, read_checkpoint, trained_with
 from . import probe
 
@@ -24,6 +25,8 @@ class ModelSpec:
     resume: str | None = None
     pretrained: bool = False
     kwargs: dict[str, Any] = field(default_factory=dict)
+    remedy: list[str] = field(default_factory=list)  # names for add_remedy; none: as the checkpoint says
+    remedy_kwargs: dict[str, Any] = field(default_factory=dict)  # see remedy_options
 
 
 @dataclass
@@ -57,13 +60,16 @@ def build_subject(
         ModelError: If there is no such model, or it cannot be built.
     """
     torch.manual_seed(seed)
+    remedies = remedy_options(spec.remedy, spec.remedy_kwargs)
     if spec.resume:
         checkpoint = read_checkpoint(spec.resume)
         input_size = input_size or trained_with(checkpoint).get("input_size")
         given = dict(source=spec.resume, name=spec.name, input_size=input_size, model_kwargs=spec.kwargs)
-        model = model_from_checkpoint(checkpoint, **given)
+        model = model_from_checkpoint(checkpoint, remedies=remedies or None, **given)
     else:
-        model = create_model(spec.name, input_size=input_size, pretrained=spec.pretrained, model_kwargs=spec.kwargs)
+        model = create_model(
+            spec.name, input_size=input_size, pretrained=spec.pretrained, model_kwargs=spec.kwargs, remedies=remedies
+        )
     config = resolve_data_config({}, model=model, verbose=False)
     tag = model.pretrained_cfg.get("tag") or model.pretrained_cfg.get("hf_hub_id") or "default weights"
     weights = spec.resume or (f"pretrained, {tag}" if spec.pretrained else RANDOM_WEIGHTS)

@@ -1,7 +1,7 @@
 """Weights from anywhere into a model: any address to a file, any file to tensors, every key accounted for."""
 
 from .load import load_weights, number_of_classes, problems
-from .model import ModelError, check_model_name, create_model, model_from_checkpoint, trained_with
+from .model import ModelError, check_model_name, create_model, model_from_checkpoint, published_model, trained_with
 from .read import CheckpointError, read_checkpoint
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "model_from_checkpoint",
     "number_of_classes",
     "problems",
+    "published_model",
     "read_checkpoint",
     "trained_with",
 ]

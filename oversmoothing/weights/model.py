@@ -1,6 +1,7 @@
 """Models by name and from checkpoints: one place that builds them, and one that says what a file may decide."""
 
 import inspect
+import json
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -9,8 +10,11 @@ import timm
 from timm.models import build_model_with_cfg
 from torch import nn
 
+from ..convert import add_remedy
+from ..remedies import RemedyError
+from . import fetch
 from .load import load_weights, number_of_classes
-from .read import CheckpointError
+from .read import CheckpointError, read_checkpoint
 
 # What timm's builders take for themselves: addresses to download from, files to open, wrappers around the model.
 BUILDER_ARGUMENTS = {
@@ -43,8 +47,9 @@ def create_model(
     input_size: int | None = None,
     pretrained: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
+    remedies: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> nn.Module:
-    """timm's ``create_model``, with the image size given only to models that are built for one.
+    """timm's ``create_model``, with the image size given only to models that are built for one, and with remedies.
 
     Args:
         name: Of this zoo or of timm.
@@ -52,6 +57,7 @@ def create_model(
         input_size: Side of the images in pixels; None: the model's own.
         pretrained: Whether to load the published weights.
         model_kwargs: Constructor arguments; they go before the others.
+        remedies: Names and options for ``add_remedy``; empty or None: the model as it is.
 
     Raises:
         ModelError: If there is no such model, or it cannot be built from these arguments.
@@ -68,13 +74,17 @@ def create_model(
     if input_size is not None and config is not None and config.fixed_input_size:
         kwargs.setdefault("img_size", input_size)
     try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:  # a constructor's complaint can be of any kind
         reason = next(iter(str(error).strip().splitlines()), "")
         raise ModelError(
             f"--model {name} cannot be built from {kwargs} (--model-kwargs, --drop, --drop-path, --input-size): "
             f"{type(error).__name__}: {reason}"
         ) from error
+    try:
+        return add_remedy(model, remedies) if remedies else model
+    except RemedyError as error:
+        raise ModelError(f"--model {name} --remedy {' '.join(remedies)}: {error}") from error
 
 
 def model_from_checkpoint(
@@ -86,11 +96,12 @@ def model_from_checkpoint(
     num_classes: int | None = None,
     input_size: int | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
+    remedies: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> nn.Module:
     """The model of a checkpoint with its weights, every key accounted for; arguments win over what the file says.
 
-    A file decides by plain values alone: its model's name, image size and constructor arguments. Nothing that it says
-    is opened, downloaded or called.
+    A file decides by plain values alone: its model's name, image size, constructor arguments and remedies. Nothing that
+    it says is opened, downloaded or called.
 
     Args:
         checkpoint: From ``read_checkpoint``.
@@ -100,6 +111,7 @@ def model_from_checkpoint(
         num_classes: None: counted from the head's weights.
         input_size: Side of the images in pixels; None: as the file says, else the model's own.
         model_kwargs: Constructor arguments beside those of the file.
+        remedies: As of :func:`create_model`; None: as the file says.
 
     Raises:
         CheckpointError: If the file has no such weights, does not say its model, or the weights are not those of it.
@@ -117,6 +129,7 @@ def model_from_checkpoint(
         num_classes=number_of_classes(state_dict) if num_classes is None else num_classes,
         input_size=trained.get("input_size") if input_size is None else input_size,
         model_kwargs={**trained.get("model_kwargs", {}), **(model_kwargs or {})},
+        remedies=trained.get("remedy") if remedies is None else remedies,
     )
     try:
         load_weights(model, state_dict, source=source)
@@ -127,11 +140,32 @@ def model_from_checkpoint(
     return model
 
 
+def published_model(address: str) -> nn.Module:
+    """A model with remedies that ``scripts/push_to_hub.py`` published; timm's ``create_model`` knows none of them.
+
+    Args:
+        address: ``hf-hub:owner/name``, or a local folder of config.json and model.safetensors.
+
+    Raises:
+        CheckpointError: If the files are not there, or not those of one model.
+        ModelError: If the model cannot be built.
+    """
+    try:
+        config = json.loads(fetch.local_file(f"{address}/config.json").read_text())
+        described = {"model": config["architecture"], "model_kwargs": config.get("model_args", {})}
+    except (fetch.FetchError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{address}: has no readable config.json ({error})") from error
+    trained = described | {"remedy": config.get("remedies", {})}
+    checkpoint = read_checkpoint(f"{address}/model.safetensors") | {"args": trained}
+    return model_from_checkpoint(checkpoint, source=address, num_classes=config.get("num_classes"))
+
+
 def trained_with(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint's ``args`` may decide about its model: plain values, and none of a builder's own arguments.
 
     Returns:
-        ``model`` (a str), ``input_size`` (an int) and ``model_kwargs`` (a dict), each where the file has it.
+        ``model`` (a str), ``input_size`` (an int), ``model_kwargs`` (a dict) and ``remedy`` (names with their options,
+        from ``remedies_of``), each where the file has it.
     """
     args = checkpoint.get("args")
     args = args if isinstance(args, Mapping) else {}
@@ -145,6 +179,12 @@ def trained_with(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             key: value
             for key, value in args["model_kwargs"].items()
             if isinstance(key, str) and key not in BUILDER_ARGUMENTS and _is_plain(value)
+        }
+    if isinstance(args.get("remedy"), Mapping):
+        found["remedy"] = {
+            str(name): {str(key): value for key, value in options.items() if _is_plain(value)}
+            for name, options in args["remedy"].items()
+            if isinstance(options, Mapping)
         }
     return found
 
