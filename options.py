@@ -83,7 +83,7 @@ class _HelpFormatter(argparse.HelpFormatter):
         return super()._format_action_invocation(shown)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, "", {}, argparse.SUPPRESS) or action.nargs == 0:
+        if action.default in (None, "", {}, [], argparse.SUPPRESS) or action.nargs == 0:
             return action.help
         return f"{action.help} [%(default)s]"
 

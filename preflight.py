@@ -29,15 +29,8 @@ from oversmoothing.weights import ModelError
 ANY_CLASSES = 3  # while the data set has not been counted
 OWN_ERRORS = (ArgumentError, DataError, ModelError, utils.SetupError)  # they name the flag already
 MODEL_FLAGS = (
-    "model",
-    "model_kwargs",
-    "remedy",
-    "remedy_kwargs",
-    "input_size",
-    "drop",
-    "drop_path",
-    "grad_checkpointing",
-    "num_classes",
+    *("model", "model_kwargs", "remedy", "remedy_kwargs", "input_size", "drop", "drop_path"),
+    *("grad_checkpointing", "num_classes"),
 )
 OPTIMIZER_FLAGS = ("opt", "opt_eps", "opt_betas", "momentum", "weight_decay", "lr")
 SCHEDULE_FLAGS = (

@@ -150,7 +150,7 @@ def test_csv_holds_the_same_numbers_as_json(output: Path) -> None:
     rows = read_rows(output / "analysis.csv")
     models = {entry["label"]: entry["layers"] for entry in json.loads((output / "analysis.json").read_text())["models"]}
     assert {row["model"] for row in rows} == set(models) == {"ours", "featscale_small_24"}
-    assert {row["quantity"] for row in rows} == set(analysis_results.QUANTITIES)
+    assert {row["quantity"] for row in rows} == {*analysis_results.QUANTITIES, "lamb", "lamb1", "lamb2"}
     counted = 0
     for row in rows:
         entry = models[row["model"]][int(row["layer"])][row["quantity"]]

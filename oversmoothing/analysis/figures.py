@@ -14,7 +14,7 @@ from matplotlib.figure import Figure  # without pyplot: no display and no global
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from .results import Result
+from .results import QUANTITIES, Result, quantities_of
 
 # Okabe and Ito's palette without its yellow, which is too pale for lines: told apart by all kinds of colour vision.
 # Markers and line styles repeat the distinction for grey-scale prints.
@@ -22,6 +22,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"
 LAYER_AXIS = "layer (block index)"
+MOST_HEADS = 32  # a vector of up to so many numbers is drawn number by number
 
 _BANDS = (
     "Lines: means over the images; bands: ± one standard deviation over the images, on logarithmic axes the factor "
@@ -233,9 +234,9 @@ def draw_log_amplitude(results: Sequence[Result]) -> Figure | None:
 
 
 def draw_parameters(results: Sequence[Result]) -> Figure | None:
-    """The remedies' parameters by layer: every head of AttnScale, the spread over channels of FeatScale."""
+    """The remedies' parameters by layer: every head of those with one a head, else the spread over channels."""
     titles = {"lamb": "AttnScale: λ of each head", "lamb1": "FeatScale: λ₁ (DC)", "lamb2": "FeatScale: λ₂ (high-pass)"}
-    present = [name for name in titles if any(name in layer for result in results for layer in result.layers)]
+    present = [name for name in quantities_of(results) if name not in QUANTITIES]
     if not present:
         return None
     figure, axes = panels(1, len(present))
@@ -248,15 +249,15 @@ def draw_parameters(results: Sequence[Result]) -> Figure | None:
             centre = torch.stack([value.mean() for value in values])
             ax.plot(layers, centre, label=result.label, **_style(index))
             colour = COLOURS[index % len(COLOURS)]
-            if name == "lamb":
+            if max(map(len, values)) <= MOST_HEADS:
                 for layer, heads in zip(layers, values, strict=True):
                     ax.scatter([layer] * len(heads), heads, s=9, color=colour, alpha=0.5, linewidths=0)
             else:
                 low, high = (torch.stack([value.quantile(q) for value in values]) for q in (0.1, 0.9))
                 ax.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)
         ax.axhline(0, color="0.4", linewidth=0.8)
-        ax.set_title(titles[name], fontsize=10)
-        ax.set_ylabel("λ (dimensionless)")
+        ax.set_title(titles.get(name, name), fontsize=10)
+        ax.set_ylabel("value (dimensionless)")
         _layer_axis(ax, max(len(result.layers) for result in results))
     _shared_legend(figure, results, present)
     return figure

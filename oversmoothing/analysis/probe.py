@@ -7,6 +7,7 @@ module or most of the last block's tokens.
 The quantities themselves, and the conventions on B, N, C and DC, are in ``spectrum.py``.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import AttentionLayer, UnsupportedModelError, attention_layers
+from ..remedies import is_remedy_parameter
 from . import spectrum
 
 
@@ -275,12 +277,15 @@ def map_statistics(maps: AttentionMaps, previous: Tensor | None = None) -> dict[
 
 
 def layer_parameters(layer: AttentionLayer) -> dict[str, Tensor]:
-    """The remedies' parameters of one layer: ``lamb`` (num_heads,), ``lamb1`` and ``lamb2`` (dim,), those it has."""
-    owners = {"lamb": layer.attn, "lamb1": layer.block, "lamb2": layer.block}
+    """The remedies' parameters of one layer that are vectors over heads or channels, such as ``lamb`` (num_heads,).
+
+    Names are those in the attention module (``lamb``), else those in the block (``lamb1``, ``norm1.contranorm_s``).
+    """
+    own = f"{layer.attn_name.removeprefix(layer.name).lstrip('.')}."
     return {
-        name: getattr(owner, name).detach()
-        for name, owner in owners.items()
-        if isinstance(getattr(owner, name, None), nn.Parameter)
+        name.removeprefix(own): parameter.detach()
+        for name, parameter in layer.block.named_parameters()
+        if is_remedy_parameter(name) and parameter.dim() == 1
     }
 
 
@@ -298,8 +303,8 @@ def layer_report(model: nn.Module, images: Tensor) -> dict[str, list[float]]:
     Returns:
         Lists with one number a layer, each a mean over the images: ``hc_dc_attention``, ``hc_dc_residual`` and
         ``hc_dc_mlp`` (:func:`spectrum.high_frequency_ratio` of the attention branch, after the residual sum and of the
-        block's output) and ``token_similarity`` (of the output). Then the means over heads or channels of ``lamb``,
-        ``lamb1`` and ``lamb2``, where the model has them.
+        block's output) and ``token_similarity`` (of the output). Then the means over heads or channels of the
+        remedies' parameters (:func:`layer_parameters`), NaN in layers that lack one.
 
     Raises:
         UnsupportedModelError: As :func:`find_layers`.
@@ -314,9 +319,10 @@ def layer_report(model: nn.Module, images: Tensor) -> dict[str, list[float]]:
             "token_similarity": spectrum.token_similarity(view.after_mlp),
         }
         for name, values in (quantities | layer_parameters(view.layer)).items():
-            rows.setdefault(name, []).append(values.float().mean())
+            row = rows.setdefault(name, [torch.full((), math.nan, device=images.device)] * len(layers))
+            row[view.index] = values.float().mean()
 
-    with evaluating(model), visiting(model, visit):
+    with evaluating(model), visiting(model, visit) as layers:
         model.forward(images)  # not model(images), which model.compile() replaces
     table = torch.stack([torch.stack(values) for values in rows.values()]).tolist()
     return dict(zip(rows, table, strict=True))

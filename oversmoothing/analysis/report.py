@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .figures import Picture, draw_all
-from .results import QUANTITIES, Result, as_json, tidy_rows, write_csv
+from .results import Result, as_json, quantities_of, tidy_rows, write_csv
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -97,7 +97,7 @@ def render_report(
     if results:
         parts.append("<h2>Numbers</h2><p>Means over the images; analysis.csv has all, with their spread.</p>")
         parts += [f"<details><summary>{html.escape(r.label)}</summary>{layer_table(r)}</details>" for r in results]
-        parts.append("<h2>Quantities</h2>" + _table(["quantity", "what it is"], QUANTITIES.items()))
+        parts.append("<h2>Quantities</h2>" + _table(["quantity", "what it is"], quantities_of(results).items()))
     parts.append("<h2>Settings</h2>" + _table(["setting", "value"], settings.items()))
     return PAGE.format(body="\n".join(parts))
 
@@ -106,7 +106,7 @@ def layer_table(result: Result) -> str:
     """One row a layer with every quantity that is a single number there, averaged over heads or channels."""
     names = [
         name
-        for name in QUANTITIES
+        for name in quantities_of([result])
         if name not in ("spectrum", "delta_log_amplitude") and any(name in layer for layer in result.layers)
     ]
     rows = [

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..remedies import REMEDIES, LayerShape
+
 # Quantity -> what it is, with its unit. The text of the report and of analysis.json.
 QUANTITIES = {
     "spectrum": "spectral response of the attention map over the token axis, all N bins, DC included (gain)",
@@ -27,10 +29,21 @@ QUANTITIES = {
     "token_similarity_published": "mean |cosine| over all pairs of tokens, diagonal included: the authors' form",
     "effective_rank": "effective rank of the block's output (directions)",
     "delta_log_amplitude": "log amplitude of the 2-D spectrum of the patch tokens, relative to zero frequency (nats)",
-    "lamb": "AttnScale's parameter, one per head; the map's high-pass part is multiplied by 1 + lamb",
-    "lamb1": "FeatScale's parameter of the DC part, one per channel",
-    "lamb2": "FeatScale's parameter of the high-pass part, one per channel",
 }
+
+
+def quantities_of(results: Iterable["Result"]) -> dict[str, str]:
+    """Every quantity of an analysis, what it is, with its unit; the remedies' parameters after all others."""
+    names = dict.fromkeys(name for result in results for layer in result.layers for name in layer)
+    return QUANTITIES | {name: describe_parameter(name) for name in names if name not in QUANTITIES}
+
+
+def describe_parameter(name: str) -> str:
+    """Of which remedy a parameter is, and what that computes."""
+    own = name.rpartition(".")[2]
+    shape = LayerShape(0, dim=1, num_heads=1, head_dim=1)
+    remedy = next(remedy for remedy in REMEDIES.values() if own in remedy().new_state(shape))
+    return f"parameter of {remedy.name}, by head or channel (dimensionless): {remedy.formula}"
 
 
 class RunningMean:
@@ -144,7 +157,7 @@ def as_json(results: Iterable[Result], settings: dict[str, Any]) -> dict[str, An
     return json_ready(
         {
             "settings": settings,
-            "quantities": QUANTITIES,
+            "quantities": quantities_of(results),
             "models": [
                 {
                     "label": result.label,
