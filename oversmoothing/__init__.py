@@ -1,6 +1,5 @@
 """Over-smoothing in vision transformers: what it is, how to see it, and what to do about it.
 
-attention  what one attention layer computes, for every class of timm's and transformers' models
 analysis   what attention does to the features, layer by layer: numbers, figures, a report
 attention  what one attention layer computes, for every attention class at hand
 convert    ``add_remedy``: any vision transformer, as it is, with remedies
@@ -12,6 +11,7 @@ zoo        DeiT and CaiT with the remedies, registered with timm (``models`` in 
 
 from .convert import add_remedy, describe, list_remedies, remedies_at, remedies_of, remedy_options, remove_remedy
 from .fused import set_fused
+from .hugging_face import from_pretrained
 from .remedies import (
     AttnScaleAttention,
     AttnScaleTalkingHeadAttn,
@@ -29,6 +29,7 @@ __all__ = [
     "RemedyError",
     "add_remedy",
     "describe",
+    "from_pretrained",
     "is_remedy_parameter",
     "list_remedies",
     "remedies_at",

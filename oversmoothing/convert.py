@@ -247,6 +247,7 @@ def add_remedy(
         remedy.name: dataclasses.asdict(remedy) | ({} if spec is None else {"layers": spec})
         for remedy, spec in plan.done
     }
+    _note_in_config(model)
     return model
 
 
@@ -301,7 +302,15 @@ def remove_remedy(model: nn.Module) -> nn.Module:
                 delattr(module, name)
             module.__class__ = conversion.original
     del model.remedies
+    _note_in_config(model)
     return model
+
+
+def _note_in_config(model: nn.Module) -> None:
+    """Models of Hugging Face transformers write their configuration beside their weights, with its keys sorted."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_json_string"):
+        config.remedies = [list(item) for item in remedies_of(model).items()]
 
 
 def remedies_at(module: nn.Module) -> tuple[Remedy, ...]:

@@ -1,0 +1,46 @@
+"""Models of Hugging Face transformers with remedies, to disk and back.
+
+``add_remedy`` notes in the model's configuration what it did, so ``model.save_pretrained`` and ``push_to_hub`` write it
+beside the weights. ``from_pretrained`` here reads it::
+
+    model = add_remedy(Dinov2Model.from_pretrained("facebook/dinov2-small"), "attnscale")
+    model.save_pretrained("here")
+    model = oversmoothing.from_pretrained(Dinov2Model, "here")
+"""
+
+from typing import Any
+
+from torch import nn
+
+from .convert import add_remedy
+from .remedies import RemedyError
+
+
+def from_pretrained(model_class: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+    """``model_class.from_pretrained(...)`` for a model that was saved with remedies; every weight is accounted for.
+
+    Args:
+        model_class: A model class of transformers, not one of its ``Auto`` classes.
+        *args: As ``model_class.from_pretrained``.
+        **kwargs: As ``model_class.from_pretrained``.
+
+    Raises:
+        RemedyError: If the configuration names no remedies, or weights are missing or left over.
+    """
+
+    def with_remedies(model: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(model, config, *args, **kwargs)
+        if not getattr(config, "remedies", None):
+            raise RemedyError(
+                f"{config.name_or_path or 'this model'} was saved without remedies: load it with "
+                f"{model_class.__name__}.from_pretrained, then call add_remedy"
+            )
+        add_remedy(model, dict(config.remedies))
+
+    converted = type(model_class.__name__, (model_class,), {"__init__": with_remedies, "__module__": __name__})
+    model, account = converted.from_pretrained(*args, **kwargs | {"output_loading_info": True})
+    wrong = {what: sorted(account[what]) for what in ("missing_keys", "unexpected_keys") if account[what]}
+    if wrong:
+        raise RemedyError(f"{model_class.__name__}: the weights are not those of the model and its remedies: {wrong}")
+    model.__class__ = model_class
+    return model
