@@ -6,8 +6,9 @@ mistyped value ends a run in its first second, not after its data set was listed
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 
 import torch
@@ -29,8 +30,8 @@ from oversmoothing.weights import ModelError
 ANY_CLASSES = 3  # while the data set has not been counted
 OWN_ERRORS = (ArgumentError, DataError, ModelError, utils.SetupError)  # they name the flag already
 MODEL_FLAGS = (
-    *("model", "model_kwargs", "remedy", "remedy_kwargs", "input_size", "drop", "drop_path"),
-    *("grad_checkpointing", "num_classes"),
+    *("model", "model_kwargs", "remedy", "remedy_kwargs", "input_size", "drop", "drop_path", "grad_checkpointing"),
+    "num_classes",
 )
 OPTIMIZER_FLAGS = ("opt", "opt_eps", "opt_betas", "momentum", "weight_decay", "lr")
 SCHEDULE_FLAGS = (
@@ -108,18 +109,17 @@ def blame(args: argparse.Namespace, *names: str) -> Iterator[None]:
 
 def build_on_meta(args: argparse.Namespace) -> nn.Module:
     """The model and its teacher, without memory for weights, each after a forward pass that gives logits."""
-    models = [("--model", _on_meta(lambda: build.build_model(args, args.num_classes or ANY_CLASSES)))]
-    if args.distillation_type != "none":
-        models.append(
-            ("--teacher-model", _on_meta(lambda: build.create_teacher(args, args.num_classes or ANY_CLASSES)))
-        )
-    for flag, model in models:
-        given = f"{args.model} {spell(args, 'model_kwargs')}" if flag == "--model" else args.teacher_model
-        _check_logits(f"{flag} {given}", model, args)
-    return models[0][1]
+    classes = args.num_classes or ANY_CLASSES
+    model = _on_meta(partial(build.build_model, args, classes))
+    given = [name for name in ("model_kwargs", "remedy", "remedy_kwargs") if getattr(args, name)]
+    _check_logits(spell(args, "model", *given), model, args.input_size, classes)
+    if args.distillation_type != "none" and not args.eval:
+        teacher = _on_meta(partial(build.create_teacher, args, classes))
+        _check_logits(spell(args, "teacher_model"), teacher, args.input_size, classes)
+    return model
 
 
-def _on_meta(build_it) -> nn.Module:
+def _on_meta(build_it: Callable[[], nn.Module]) -> nn.Module:
     try:
         with torch.device("meta"):
             return build_it()
@@ -127,9 +127,8 @@ def _on_meta(build_it) -> nn.Module:
         return build_it().to("meta")
 
 
-def _check_logits(what: str, model: nn.Module, args: argparse.Namespace) -> None:
-    classes = args.num_classes or ANY_CLASSES
-    images = torch.empty(2, 3, args.input_size, args.input_size, device="meta")
+def _check_logits(what: str, model: nn.Module, size: int, classes: int) -> None:
+    images = torch.empty(2, 3, size, size, device="meta")
     try:
         with torch.inference_mode():
             logits = model.eval()(images)
@@ -138,21 +137,17 @@ def _check_logits(what: str, model: nn.Module, args: argparse.Namespace) -> None
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "")
         raise ModelError(
-            f"{what} takes no RGB images of {args.input_size} pixels ({type(error).__name__}: {reason}): give another "
+            f"{what} takes no RGB images of {size} pixels ({type(error).__name__}: {reason}): give another "
             "--input-size or --model-kwargs"
         ) from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ModelError(
-            f"{what} gives no logits of {classes} classes for each image, but {found}: change --model-kwargs"
-        )
+        raise ModelError(f"{what} gives {found} for two images, not logits of {classes} classes: change --model-kwargs")
 
 
 def augment_once(args: argparse.Namespace, options: DataOptions, data_config: dict) -> None:
     """The training transform, each operation of its policy, and what the device does, on one small picture."""
-    build_transform = (
-        fastload.build_transform if args.fast_loader else lambda *given: datasets.build_transform(True, *given)
-    )
+    build_transform = fastload.build_transform if args.fast_loader else partial(datasets.build_transform, True)
     transform = build_transform(options, data_config)
     side = args.input_size if args.input_size <= 32 else min(args.input_size, 64)
     picture = Image.linear_gradient("L").resize((side, side)).convert("RGB")
