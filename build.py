@@ -27,6 +27,7 @@ import utils
 from datasets import DataOptions
 from options import ArgumentError, mixup_active
 from oversmoothing.weights import (
+    CheckpointError,
     check_model_name,
     create_model,
     load_weights,
@@ -209,7 +210,12 @@ def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: 
         _logger.warning(f"epoch {epoch} starts again: its first {step} batches held other images")
         step = 0
     if step:
-        meters = saved["meters"][str(world.rank)]
+        meters = (saved.get("meters") or {}).get(str(world.rank))
+        if meters is None:
+            raise CheckpointError(
+                f"{start.source}: was saved within epoch {epoch}, but has no sums of rank {world.rank}: take another "
+                "checkpoint of that run"
+            )
     return replace(start, step=step, meters=meters)
 
 
@@ -240,7 +246,9 @@ def build_trainer(
     optimizer = optim.build_optimizer(args, model, optim.scaled_lr(args, world.world_size))
     scaler = torch.amp.GradScaler(world.device.type, enabled=amp_dtype == torch.float16)
     if start.full:
-        checkpoints.load_optimizer(optimizer, start.checkpoint["optimizer"])
+        checkpoints.load_optimizer(
+            optimizer, start.checkpoint["optimizer"], start.checkpoint.get("optimizer_class"), start.source
+        )
         if start.checkpoint.get("scaler"):
             scaler.load_state_dict(start.checkpoint["scaler"])
     mixup = build_mixup(args, model.num_classes)

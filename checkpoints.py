@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from timm.optim import Lookahead
 from torch import Tensor, nn
 
 from oversmoothing.weights.read import (
@@ -53,6 +55,7 @@ def assemble(
     meters: Mapping[str, Any],
     max_accuracy: Mapping[str, float],
     args: argparse.Namespace,
+    data: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The full state of a training run. Random and learning-rate state are functions of (seed, epoch): not in it.
 
@@ -66,17 +69,20 @@ def assemble(
         meters: Running sums of the unfinished epoch, empty at the end of an epoch.
         max_accuracy: Best accuracies so far, in percent.
         args: The parsed arguments; saved as a dict of JSON types, anything else as its ``str()``.
+        data: From ``datasets.fingerprint``, of the training images.
     """
     checkpoint = {
         "model": strip_prefixes(model.state_dict(), "the model"),
         "model_ema": None if model_ema is None else strip_prefixes(model_ema.state_dict(), "the EMA model"),
         "optimizer": optimizer.state_dict(),
+        "optimizer_class": optimizer_class(optimizer),
         "scaler": None if scaler is None else scaler.state_dict(),
         "epoch": int(epoch),
         "step": int(step),
         "meters": _plain(meters),
         "max_accuracy": _plain(max_accuracy),
         "args": _plain(vars(args)),
+        "data": None if data is None else dict(data),
         "format": FORMAT,
     }
     return _to_cpu(checkpoint)
@@ -111,7 +117,7 @@ def save(checkpoint: dict[str, Any], folder: str | Path, *, is_best: bool = Fals
         folder: The output folder, which must exist.
         is_best: Also make it ``best_checkpoint.pth``.
         keep: If positive and this is the end of an epoch, also keep it as ``checkpoint_<epoch, four digits>.pth`` and
-            remove all but the ``keep`` most recently written of these. 0 leaves them alone.
+            remove all but the ``keep`` last epochs of these. 0 leaves them alone.
 
     Raises:
         CheckpointError: It could not be written; the checkpoints already there are untouched.
@@ -156,7 +162,7 @@ def write(
             os.fsync(file.fileno())
         for copy in copies:
             _duplicate(temporary, copy)
-        for excess in _numbered(path.parent)[keep:] if keep else ():
+        for excess in _numbered(path.parent, checkpoint["epoch"])[keep:] if keep else ():
             _discard(excess)
         previous = path.with_name(f"{path.stem}_prev{path.suffix}")
         if keep_previous and path.exists():
@@ -230,10 +236,17 @@ def _temporary_name(path: Path) -> Path:
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def _numbered(folder: Path) -> list[Path]:
-    """The files kept by ``keep``, last written first: numbers of an earlier, longer run must not win."""
-    files = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint_\d{4,}\.pth", path.name)]
-    return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+def _numbered(folder: Path, epoch: int | None = None) -> list[Path]:
+    """The files kept by ``keep``, by the epoch in their names, last first; those after ``epoch`` come at the end.
+
+    A number above that of the epoch which is saved is of an earlier, longer run, which must not win. Times of files
+    say nothing: clocks go back, and copies are new.
+    """
+    numbers = {}
+    for name in os.listdir(folder):
+        if found := re.fullmatch(r"checkpoint_(\d{4,})\.pth", name):
+            numbers[folder / name] = int(found[1])
+    return sorted(numbers, key=lambda path: (epoch is not None and numbers[path] > epoch, -numbers[path], path.name))
 
 
 @contextmanager
@@ -305,23 +318,119 @@ def can_resume(checkpoint: Mapping[str, Any], missing: list[str]) -> bool:
     return isinstance(checkpoint.get("optimizer"), dict) and isinstance(checkpoint.get("epoch"), int) and not missing
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+def optimizer_class(optimizer: torch.optim.Optimizer) -> str:
+    """Which optimizer wrote a state: its class, with the wrapped one's for ``lookahead_``."""
+    inner = f"({optimizer_class(optimizer._base_optimizer)})" if isinstance(optimizer, Lookahead) else ""
+    return f"{type(optimizer).__qualname__}{inner}"
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], saved_class: str | None = None, source: str = "the file"
+) -> None:
     """Takes each parameter's moments and step count from ``checkpoint["optimizer"]``.
 
-    Hyper-parameters (lr, weight decay, betas) stay as the command line gave them to ``optimizer``.
+    Hyper-parameters (lr, weight decay, betas) stay as the command line gave them to ``optimizer``. Before anything is
+    taken, every entry is compared with what this optimizer makes for such a parameter: its own step would not notice
+    a tensor of another shape, and write beyond its end.
+
+    Args:
+        optimizer: Of this run, before its first step.
+        saved: From ``read_checkpoint``.
+        saved_class: The checkpoint's ``optimizer_class``; None where an older or another program wrote it.
+        source: Where it came from, for messages.
 
     Raises:
         CheckpointError: The saved state is of other parameter groups or another kind of optimizer.
     """
-    groups, old_groups = optimizer.state_dict()["param_groups"], saved.get("param_groups", [])
+    way_out = "resume with the --opt, --model and options it was saved with, or pass it with --finetune (weights only)"
+    ours = optimizer_class(optimizer)
+    if saved_class not in (None, ours):
+        raise CheckpointError(f"{source}: its optimizer is {saved_class}, this run's --opt is {ours}: {way_out}")
+    groups, old_groups = optimizer.param_groups, saved["param_groups"]
     sizes, old_sizes = ([len(group["params"]) for group in some] for some in (groups, old_groups))
     if sizes != old_sizes:
         raise CheckpointError(
-            f"the checkpoint's optimizer has parameter groups of sizes {old_sizes}, this run's has {sizes}: "
-            "resume with the --model and the options it was saved with, or pass it with --finetune (weights only)"
+            f"{source}: its optimizer has parameter groups of sizes {old_sizes}, this run's has {sizes}: {way_out}"
         )
-    kinds = [{key for key in ("betas", "momentum") if key in group} for group in (groups[0], old_groups[0])]
-    if kinds[0] != kinds[1]:
-        raise CheckpointError("the checkpoint's optimizer is of another --opt: resume with the one it was saved with")
-    new_groups = [{**group, "params": old["params"]} for group, old in zip(groups, old_groups, strict=True)]
+    new_groups = []
+    for group, old in zip(groups, old_groups, strict=True):
+        stand_ins, counters = _dry_run(optimizer, group)
+        for parameter, number in zip(group["params"], old["params"], strict=True):
+            begun, wanted = stand_ins[parameter.shape, parameter.dtype]
+            found = {name: _form(value, name) for name, value in saved["state"].get(number, {}).items()}
+            fault = next((name for name in [*wanted, *found] if not _fits(name, found, wanted, begun)), None)
+            if found and fault is not None:
+                raise CheckpointError(
+                    f"{source}: the state of its optimizer does not fit --opt ({ours}): {fault!r} of a parameter of "
+                    f"shape {tuple(parameter.shape)} is {found.get(fault, 'missing')}, not "
+                    f"{wanted.get(fault, 'known')}: {way_out}"
+                )
+        for name, form in counters.items():
+            if name in old and _form(old[name]) != form:
+                raise CheckpointError(
+                    f"{source}: {name!r} of its optimizer is {_form(old[name])}, not {form}: {way_out}"
+                )
+        progress = {name: old[name] for name in counters if name in old}
+        options = {name: value for name, value in group.items() if name != "params"}
+        new_groups.append({**options, **progress, "params": old["params"]})
     optimizer.load_state_dict({"state": saved["state"], "param_groups": new_groups})
+
+
+def _dry_run(optimizer: torch.optim.Optimizer, group: dict) -> tuple[dict, dict[str, Any]]:
+    """What an optimizer keeps: it makes steps on stand-ins, one of each shape among a group's parameters.
+
+    Returns:
+        (shape, dtype) -> forms of the state's entries after the first step and after some; and the forms of the
+        group's own entries that are no options but change with the steps.
+    """
+
+    def twin_of(optimizer: torch.optim.Optimizer, groups: list[dict]) -> torch.optim.Optimizer:
+        if isinstance(optimizer, Lookahead):
+            return Lookahead(twin_of(optimizer._base_optimizer, groups))
+        return type(optimizer)(groups)
+
+    shapes = {(parameter.shape, parameter.dtype): parameter for parameter in group["params"]}
+    stand_ins = [nn.Parameter(torch.zeros_like(parameter)) for parameter in shapes.values()]
+    options = {name: value for name, value in group.items() if name != "params"}
+    with torch.random.fork_rng(devices=[]):
+        twin = twin_of(optimizer, [{**options, "params": stand_ins}])
+        states = []
+        for _ in range(1 + group.get("lookahead_k", 1)):
+            for stand_in in stand_ins:
+                stand_in.grad = torch.ones_like(stand_in)
+            twin.step()
+            saved = twin.state_dict()
+            states.append(
+                [
+                    {name: _form(value, name) for name, value in saved["state"].get(i, {}).items()}
+                    for i in range(len(shapes))
+                ]
+            )
+    after = saved["param_groups"][0]
+    counters = {
+        name: _form(value)
+        for name, value in after.items()
+        if name != "params" and (name not in options or repr(options[name]) != repr(value))
+    }
+    return dict(zip(shapes, zip(states[0], states[-1], strict=True), strict=True)), counters
+
+
+def _form(value: Any, name: str = "") -> str:
+    """Type and shape of an entry; a number that no step leaves behind, such as a negative count, is its own form."""
+    if isinstance(value, Tensor):
+        if name == "step" and not value.dim() and not 0 <= value.item() < math.inf:
+            return f"{value.item()}"
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, list | tuple):
+        return f"a list of {', '.join(map(_form, value)) or 'nothing'}"
+    if type(value) in (int, float):
+        return "a number" if 0 <= value < math.inf else f"{value}"
+    return type(value).__name__
+
+
+def _fits(name: str, found: dict[str, str], wanted: dict[str, str], begun: dict[str, str]) -> bool:
+    """Whether an entry is as it should be; one that comes after some steps only may be missing."""
+    if name not in found:
+        return name not in begun
+    # Older versions of torch counted steps by a number, where newer ones take a tensor.
+    return found[name] == wanted.get(name) or (name == "step" and name in wanted and found[name] == "a number")

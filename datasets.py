@@ -7,6 +7,7 @@ data is a ``DataError`` of one sentence that names the flag, the path and the wa
 """
 
 import gzip
+import hashlib
 import io
 import json
 import multiprocessing
@@ -552,6 +553,31 @@ def _shards_root(options: DataOptions) -> str:
     if not root.is_dir():
         raise DataError(f"--data-path {root} is no folder: --data-set wds needs the folder or the address of shards")
     return str(root)
+
+
+def fingerprint(dataset: Dataset) -> dict[str, Any]:
+    """Says whether two data sets are the same list of images: their number, and the digest of names and labels.
+
+    Names are relative to ``--data-path``, which may move. What is in the files is not looked at.
+
+    Args:
+        dataset: From ``build_dataset``, also wrapped.
+    """
+    while not hasattr(dataset, "samples") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    digest = hashlib.sha256()
+    samples = getattr(dataset, "samples", None)
+    if isinstance(samples, archives.Members):
+        digest.update(samples.table.tobytes())
+    elif isinstance(samples, shards.RemoteMembers):
+        digest.update(samples.shards.digest.encode())
+    elif samples is not None:
+        root = f"{dataset.root}{os.sep}"
+        names = (f"{name.removeprefix(root)}\0{label}\n" for name, label in samples)
+        digest.update(os.fsencode("".join(names)))
+    else:  # in memory as a whole
+        digest.update(np.asarray(dataset.targets).tobytes())
+    return {"images": len(dataset), "digest": digest.hexdigest()}
 
 
 def count_classes(options: DataOptions, is_train: bool = True) -> int:

@@ -5,8 +5,10 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import checkpoints
+import datasets
 import engine
 import optim
 import reporting
@@ -52,12 +55,13 @@ def fit(
             f"nothing left to train: {start.source} has finished epoch {start.epoch - 1} of --epochs {args.epochs}"
         )
         return
+    start, data = check_images(start, loader_train, world)
     recorder = None
     if args.output_dir:
         recorder = utils.on_rank_zero(
             world, lambda: open_recorder(args, start, trainer, loaders, effective, about or [])
         )
-    saver = Saver(args, trainer, world, start.max_accuracy)
+    saver = Saver(args, trainer, world, start.max_accuracy, data)
     stop = utils.StopSignal(world, args.dist_timeout)
     began = time.time()
 
@@ -97,6 +101,29 @@ def fit(
     if args.output_dir:
         utils.on_rank_zero(world, lambda: recorder.finish())
     _logger.info(f"Training time {timedelta(seconds=int(time.time() - began))}")
+
+
+def check_images(start: Start, loader_train: DataLoader, world: World) -> tuple[Start, dict[str, Any]]:
+    """Compares the training images with those of the checkpoint; the rest of an epoch makes sense with the same only.
+
+    Returns:
+        The start, at the beginning of its epoch if they differ, and ``datasets.fingerprint`` of the images.
+
+    Raises:
+        SetupError: On all ranks, if they do not have the same images.
+    """
+    data = datasets.fingerprint(loader_train.dataset)
+    utils.check_agreement(world, "the list of training images", data, "--data-path")
+    then = (start.checkpoint or {}).get("data") if start.full else None
+    if then not in (None, data):
+        _logger.warning(
+            f"{start.source} was trained on {then['images']} images, --data-path has {data['images']} or others: from "
+            f"epoch {start.epoch} on, the run differs from the uninterrupted one"
+        )
+    if start.step and (then not in (None, data) or start.step > len(loader_train)):
+        _logger.warning(f"epoch {start.epoch} begins again: its first {start.step} batches were of other images")
+        start = replace(start, step=0, meters=None)
+    return start, data
 
 
 def open_recorder(
@@ -160,11 +187,13 @@ def stop_if_asked(
 class Saver:
     """Assembles and writes the run's checkpoints; knows its best accuracies."""
 
-    def __init__(self, args: argparse.Namespace, trainer: engine.Trainer, world: World, max_accuracy: dict) -> None:
+    def __init__(
+        self, args: argparse.Namespace, trainer: engine.Trainer, world: World, max_accuracy: dict, data: dict
+    ) -> None:
         # The remedies as they are in the model, wherever they came from: what rebuilds it.
         remedies = {"remedy": remedies_of(trainer.bare_model), "remedy_kwargs": {}}
         self.args = argparse.Namespace(**(vars(args) | {"world_size": world.world_size} | remedies))
-        self.trainer, self.world, self.max_accuracy = trainer, world, max_accuracy
+        self.trainer, self.world, self.max_accuracy, self.data = trainer, world, max_accuracy, data
 
     def note(self, stats: dict[str, float]) -> bool:
         """Takes an evaluation in; whether its ``acc1`` is the best so far."""
@@ -200,6 +229,7 @@ class Saver:
                 meters={str(rank): state for rank, state in enumerate(sums)},
                 max_accuracy=self.max_accuracy,
                 args=self.args,
+                data=self.data,
             )
             checkpoints.save(checkpoint, self.args.output_dir, is_best=is_best, keep=self.args.keep_checkpoints)
 

@@ -182,8 +182,14 @@ def on_rank_zero(world: World, action: Callable[[], T]) -> T | None:
     return result
 
 
-def check_agreement(world: World, what: str, mine: Any) -> None:
+def check_agreement(world: World, what: str, mine: Any, flags: str = "--output_dir and --resume") -> None:
     """Compares a value over the ranks, which would otherwise hang or diverge silently.
+
+    Args:
+        world: The ranks; a collective.
+        what: Is compared, for the message.
+        mine: Of this rank.
+        flags: That have to name the same on all of them.
 
     Raises:
         SetupError: On all ranks, if they differ.
@@ -195,7 +201,7 @@ def check_agreement(world: World, what: str, mine: Any) -> None:
         if value != values[0]:
             raise SetupError(
                 f"{what} differs between the processes: {values[0]} on rank 0, {value} on rank {rank}; "
-                "--output_dir and --resume must be on storage that all of them share"
+                f"{flags} must be on storage that all of them share"
             )
 
 

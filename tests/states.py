@@ -34,7 +34,7 @@ def training_state(epoch: int = 0, step: int = 0) -> dict[str, Any]:
         scaler=None,
         epoch=epoch,
         step=step,
-        meters={"loss": np.float32(0.5), "count": np.int64(3)},
+        meters={"0": {"loss": [np.float32(0.5), np.int64(3)]}},
         max_accuracy={"acc1": 12.5},
         args=args,
     )

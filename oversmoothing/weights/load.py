@@ -65,6 +65,10 @@ def problems(
     may_be_missing: Callable[[str], bool] = lambda name: False,
 ) -> list[str]:
     """What is wrong with ``given`` as the state dict ``wanted``: one phrase for each kind of fault."""
+
+    def kind(tensor: Tensor) -> tuple[bool, bool]:
+        return tensor.is_floating_point(), tensor.is_complex()
+
     found = {
         "missing": [n for n in wanted if n not in given and n not in fresh and not may_be_missing(n)],
         "unexpected": [name for name in given if name not in wanted],
@@ -72,6 +76,11 @@ def problems(
             f"{name} {tuple(given[name].shape)} in the file, {tuple(tensor.shape)} in the model"
             for name, tensor in wanted.items()
             if name in given and given[name].shape != tensor.shape
+        ],
+        "of another type": [
+            f"{name} {given[name].dtype} in the file, {tensor.dtype} in the model"
+            for name, tensor in wanted.items()
+            if name in given and kind(given[name]) != kind(tensor)
         ],
     }
     return [
@@ -95,7 +104,9 @@ def _adapt(
     if "dist_token" in given and "dist_token" not in wanted:
         given = {n: t for n, t in given.items() if n != "dist_token" and not n.startswith("head_dist.")}
         notes.append("dropped dist_token and head_dist (a distilled checkpoint, a plain model)")
-        if prefix and "pos_embed" in given:  # the entry after the class token's is the distillation token's
+        if (
+            prefix and "pos_embed" in given and given["pos_embed"].dim() == 3
+        ):  # the entry after the class token's is the distillation token's
             given["pos_embed"] = torch.cat([given["pos_embed"][:, :prefix], given["pos_embed"][:, prefix + 1 :]], dim=1)
 
     classifier = model.get_classifier()
@@ -103,7 +114,7 @@ def _adapt(
     for head in [name for name, module in model.named_modules() if any(module is head for head in heads)]:
         weight = f"{head}.weight"
         in_model = len(wanted[weight]) if weight in wanted else 0
-        if weight in given and len(given[weight]) != in_model:
+        if weight in given and given[weight].dim() and len(given[weight]) != in_model:
             notes.append(f"dropped {head} ({len(given[weight])} classes in the file, {in_model} in the model)")
             given = {name: tensor for name, tensor in given.items() if not name.startswith(f"{head}.")}
             fresh |= {name for name in wanted if name.startswith(f"{head}.")}
@@ -128,4 +139,4 @@ def _summary(names: list[str]) -> str:
 def number_of_classes(state_dict: Mapping[str, Tensor]) -> int | None:
     """Classes of a state dict's classifier (rows of its weight), None without one."""
     weights = (state_dict.get(f"{name}.weight") for name in CLASSIFIERS)
-    return next((len(weight) for weight in weights if weight is not None), None)
+    return next((len(weight) for weight in weights if weight is not None and weight.dim()), None)

@@ -7,18 +7,19 @@ anything is parsed.
 
 import argparse
 import hashlib
+import logging
 import os
-import re
-import zipfile
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
-from . import fetch
+from . import fetch, schema, unpickle
+
+_logger = logging.getLogger(__name__)
 
 FORMAT = 1
 PREFIXES = ("module.", "_orig_mod.")  # put before every name by DistributedDataParallel and torch.compile
@@ -72,7 +73,10 @@ def read_checkpoint(source: str | Path, cache_dir: str | Path | None = None) -> 
 def read_file(path: Path, source: str, own: bool = False) -> dict[str, Any]:
     """``own``: the file must carry our digest, as every file that auto-reload may take."""
     try:
-        with open(path, "rb") as file:
+        # Opening a FIFO waits for whoever writes into it: O_NONBLOCK does not.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise CheckpointError(f"{source}: is a FIFO, device or socket, no file: check the path")
             return _unpack(_load(file, source, own), source)
     except FileNotFoundError as error:
         raise CheckpointError(f"{source}: no such file: check the path") from error
@@ -101,18 +105,13 @@ def _load(file: BinaryIO, source: str, own: bool) -> Any:
     try:
         if is_safetensors:
             return safetensors.torch.load(file.read())
-        if is_zip and digest is None and (record := zipfile.ZipFile(file).testzip()):
-            raise zipfile.BadZipFile(f"wrong CRC of record {record}")
-        file.seek(0)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # on foreign data the three parsers fail in any way, up to KeyError and MemoryError
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise CheckpointError(
-                f"{source}: refused, it asks for the Python object {refused.group(1)}; nothing in it was executed: "
-                "ask its author for a file of tensors only (a state dict or .safetensors)"
-            ) from error
+        loaded = unpickle.load(file)
+    except unpickle.Refused as error:
+        raise CheckpointError(
+            f"{source}: refused, it asks for the Python object {error}; nothing in it was executed: "
+            "ask its author for a file of dense tensors only (a state dict or .safetensors)"
+        ) from error
+    except Exception as error:  # on foreign data the parsers fail in any way, up to KeyError and MemoryError
         raise CheckpointError(
             f"{source}: cannot be read as a checkpoint, truncated or damaged ({first_line(error)}): {again}"
         ) from error
@@ -141,12 +140,8 @@ def _unpack(loaded: Any, source: str) -> dict[str, Any]:
         state_dict = found.get(key)
         if state_dict is None and key == "model_ema":
             continue
-        if (
-            not isinstance(state_dict, dict)
-            or not state_dict
-            or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state_dict.items())
-        ):
-            keys = ", ".join(map(str, list(loaded)[:10]))
+        if not schema.is_state_dict(state_dict):
+            keys = ", ".join(ascii(name)[:80] for name in list(loaded)[:10])
             raise CheckpointError(
                 f"{source}: no state dict in it (its keys: {keys or 'none'}): expected names and tensors, "
                 "either bare or under 'model' or 'state_dict'"
@@ -154,15 +149,24 @@ def _unpack(loaded: Any, source: str) -> dict[str, Any]:
         found[key] = strip_prefixes(state_dict, source)
     if isinstance(found.get("args"), argparse.Namespace):
         found["args"] = dict(vars(found["args"]))
-    if isinstance(found.get("format"), int) and found["format"] > FORMAT:
+    ours = "format" in found
+    for name, wanted in list(schema.faults(found)):
+        if ours:
+            raise CheckpointError(
+                f"{source}: its entry {name!r} is not {wanted}, as this repository writes it: take another checkpoint "
+                "of that run"
+            )
+        _logger.warning(f"{source}: its entry {name!r} is left out, it is not {wanted}")
+        del found[name]
+    if (found.get("format") or 0) > FORMAT:
         raise CheckpointError(f"{source}: has format {found['format']}, newer than {FORMAT}: update this repository")
     return found
 
 
-def first_line(error: Exception) -> str:
-    """An error in one line, without torch's advice to load unsafely."""
-    text = str(error).rpartition("WeightsUnpickler error: ")[2].split(" In PyTorch 2.6")[0].strip()
-    return f"{type(error).__name__}: {text[:200].splitlines()[0]}" if text else type(error).__name__
+def first_line(error: BaseException) -> str:
+    """An error in one line of plain characters."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {ascii(text.splitlines()[0][:200])[1:-1]}" if text else type(error).__name__
 
 
 def strip_prefixes(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
