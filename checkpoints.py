@@ -263,7 +263,7 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
 
 def set_aside(folder: Path, names: list[str]) -> Path | None:
     """Moves the named files into a new sub-folder ``earlier-<n>`` and returns it; None where there are none."""
-    files = [folder / name for name in names if (folder / name).exists()]
+    files = [folder / name for name in names if os.path.lexists(folder / name)]  # dangling links too
     if not files:
         return None
     number = 1

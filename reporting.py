@@ -1,6 +1,7 @@
 """What a run writes for people: the description of its model, ``log.txt`` and the TensorBoard pages."""
 
 import argparse
+import codecs
 import json
 import logging
 import math
@@ -28,6 +29,7 @@ import oversmoothing
 import utils
 from oversmoothing.analysis import probe
 from oversmoothing.analysis.cost import count_macs
+from utils import SetupError
 
 _logger = logging.getLogger(__name__)
 
@@ -228,6 +230,9 @@ def charts(model: nn.Module, watched: bool) -> dict[str, dict]:
     return page
 
 
+OTHER_LINES = "log-other-lines.txt"  # what was in log.txt and is no epoch
+
+
 class Recorder:
     """``log.txt`` and TensorBoard of one run, written by rank 0 at the end of each epoch.
 
@@ -244,7 +249,7 @@ class Recorder:
         SetupError: If a file cannot be written, here and in every method.
     """
 
-    FILES = ["log.txt", "tensorboard"]
+    FILES = ["log.txt", OTHER_LINES, "tensorboard"]
 
     def __init__(self, output_dir: str, start_epoch: int, fresh: bool, watch: SpectrumWatch | None = None) -> None:
         self.folder = Path(output_dir)
@@ -254,8 +259,10 @@ class Recorder:
             if fresh:
                 self._set_earlier_run_aside()
             self.log = EpochLog(self.folder / "log.txt", start_epoch)
-            done = [line["test_acc1"] for line in EpochLog.read(self.log.path) if "test_acc1" in line]
-            self.best_acc1 = max(done, default=-math.inf)
+            done = [line.get("test_acc1") for line in EpochLog.read(self.log.path)]
+            self.best_acc1 = max(
+                (value for value in done if type(value) in (int, float) and math.isfinite(value)), default=-math.inf
+            )
             self.begins = fresh or start_epoch == 0
             if self.begins:  # TensorBoard would show the text of an attempt that recorded no epoch beside the new one
                 for file in (self.folder / "tensorboard").glob("events.out.tfevents.*"):
@@ -339,28 +346,61 @@ class EpochLog:
 
     def __init__(self, path: Path, start_epoch: int) -> None:
         self.path = path
-        kept = [line for line in self.read(path) if line["epoch"] < start_epoch] if path.exists() else []
+        if path.exists() and not path.is_file():
+            raise SetupError(f"--output_dir {path.parent}: its log.txt is no file: move it away")
+        lines, others = _sort_lines(path.read_bytes()) if path.exists() else ([], [])
+        if others:
+            self._set_aside(others)
+        kept = "".join(json.dumps(line) + "\n" for line in lines if line["epoch"] < start_epoch)
         temporary = path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in kept))
-            file.flush()
-            os.fsync(file.fileno())
+        _write(temporary, "w", kept)
         os.replace(temporary, path)
+
+    def _set_aside(self, lines: list[bytes]) -> None:
+        target = self.path.with_name(OTHER_LINES)
+        _write(target, "ab", b"".join(line + b"\n" for line in lines))
+        _logger.warning(
+            f"{self.path}: {len(lines)} of its lines are no epochs, or of epochs that come again: moved to {target.name}"
+        )
 
     def append(self, line: dict) -> None:
         """Writes one epoch's line and waits until it is on disk."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        _write(self.path, "a", json.dumps(line) + "\n")
 
     @staticmethod
     def read(path: Path) -> list[dict]:
-        """The epochs of a ``log.txt``; a last line cut short by a kill is left out."""
-        lines = []
-        for text in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-        return lines
+        """The epochs of a ``log.txt`` in order; anything else in it is left out."""
+        return _sort_lines(path.read_bytes())[0]
+
+
+def _sort_lines(content: bytes) -> tuple[list[dict], list[bytes]]:
+    """The epochs of a ``log.txt`` in order, and its lines that are none, as people and other programs leave them.
+
+    Of an epoch that occurs twice the later line counts. A last line cut short by a kill is in neither list.
+    """
+    epochs: dict[int, tuple[dict, bytes]] = {}
+    others = []
+    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    for number, text in enumerate(lines, start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            is_epoch = isinstance(line, dict) and type(line.get("epoch")) is int and line["epoch"] >= 0
+        except (ValueError, RecursionError):
+            is_epoch = False
+        if is_epoch:
+            if line["epoch"] in epochs:
+                others.append(epochs[line["epoch"]][1])
+            epochs[line["epoch"]] = line, text
+        elif number < len(lines):
+            others.append(text)
+    return [epochs[epoch][0] for epoch in sorted(epochs)], others
+
+
+def _write(path: Path, mode: str, content: str | bytes) -> None:
+    """Writes and waits until it is on disk."""
+    with path.open(mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -85,6 +86,77 @@ def test_a_new_short_run_keeps_its_own_numbered_files_not_those_of_an_old_long_o
     for epoch in (300, 301, 5):
         checkpoints.save(training_state(epoch), tmp_path, keep=2)
     assert {path.name for path in tmp_path.glob("checkpoint_0*")} == {"checkpoint_0005.pth", "checkpoint_0301.pth"}
+
+
+def test_numbered_files_go_by_their_names_whatever_the_clock_says(tmp_path: Path) -> None:
+    """The clock went back between two saves; a copy of an old file is new."""
+    for epoch in range(3):
+        checkpoints.save(training_state(epoch), tmp_path, keep=2)
+        os.utime(tmp_path / f"checkpoint_{epoch:04d}.pth", (1e9 - epoch, 1e9 - epoch))
+    assert {path.name for path in tmp_path.glob("checkpoint_0*")} == {"checkpoint_0001.pth", "checkpoint_0002.pth"}
+
+
+@pytest.mark.parametrize("bad", ["dangling", "loop", "folder", "fifo", "closed", "text"])
+def test_one_bad_candidate_never_hides_the_others(
+    bad: str, state: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("checkpoint_0000.pth", "checkpoint.pth", "checkpoint_prev.pth", "checkpoint_0007.pth"):
+        folder = tmp_path / name.removesuffix(".pth")
+        folder.mkdir()
+        checkpoints.save(state, folder, keep=1)
+        path = folder / name
+        path.unlink(missing_ok=True)
+        makers = {
+            "dangling": lambda path: path.symlink_to("nowhere"),
+            "loop": lambda path: path.symlink_to(path.name),
+            "folder": lambda path: path.mkdir(),
+            "fifo": os.mkfifo,
+            "closed": lambda path: path.touch(0o000),
+            "text": lambda path: path.write_text("x"),
+        }
+        makers[bad](path)
+        found, checkpoint = checkpoints.latest(folder)
+        assert found != path and checkpoint["epoch"] == 0
+    assert "skipping a checkpoint that cannot be used" in caplog.text
+    checkpoints.save(training_state(1), folder, keep=1)  # and a save goes on there
+    assert checkpoints.latest(folder)[1]["epoch"] == 1
+
+
+def test_a_new_save_is_on_the_disk_before_anything_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power loss keeps what was synced alone: the file before its name, and each name's folder after it."""
+    checkpoints.save(training_state(0), tmp_path, is_best=True, keep=1)
+    calls = []
+
+    def record(name: str) -> None:
+        original = getattr(os, name)
+
+        def call(*arguments: Any) -> Any:
+            names = [os.readlink(f"/proc/self/fd/{a}") if isinstance(a, int) else str(a) for a in arguments]
+            calls.append((name, *(Path(n).name.replace(tmp_path.name, "folder") for n in names)))
+            return original(*arguments)
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in ("fsync", "link", "replace"):
+        record(name)
+    checkpoints.save(training_state(1), tmp_path, is_best=True, keep=1)
+    names = [(call[0], *(re.sub(r"\.[0-9a-f]{8}\.tmp", ".tmp", part) for part in call[1:])) for call in calls]
+    new, old = "checkpoint.pth.tmp", "checkpoint.pth.tmp"
+    assert names == [
+        ("fsync", new),
+        ("link", new, "best_checkpoint.pth.tmp"),
+        ("replace", "best_checkpoint.pth.tmp", "best_checkpoint.pth"),
+        ("fsync", "folder"),
+        ("link", new, "checkpoint_0001.pth.tmp"),
+        ("replace", "checkpoint_0001.pth.tmp", "checkpoint_0001.pth"),
+        ("fsync", "folder"),
+        ("link", "checkpoint.pth", old),
+        ("replace", new, "checkpoint.pth"),
+        ("fsync", "folder"),
+        ("replace", old, "checkpoint_prev.pth"),
+        ("fsync", "folder"),
+    ]
+    assert calls[0][1] == calls[1][1] == calls[8][1] != calls[7][2] == calls[10][1]
 
 
 def test_temporary_files_of_killed_saves_are_removed_and_others_are_not(state: dict[str, Any], tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import io
 import itertools
 import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -202,3 +204,45 @@ def test_every_chart_of_the_layout_has_curves(data: Path, tmp_path: Path) -> Non
     assert all(curves.values()) and len(curves) == 3 + 3 + 4
     groups = {tag.split("/")[0] for tag in events.Tags()["scalars"] if not tag.startswith("spectrum_")}
     assert groups == {"accuracy", "loss", "optimization", "remedy_mean", "time"}
+
+
+# ---- log.txt as people and other programs leave it ----
+
+
+@pytest.mark.parametrize(
+    ("spoil", "others"),
+    [
+        (lambda lines: [lines[0], b"", b"   ", *lines[1:]], 0),
+        (lambda lines: [b"# my best run", *lines], 1),
+        (lambda lines: [b"\xef\xbb\xbf" + lines[0], *lines[1:]], 0),
+        (lambda lines: [lines[0], lines[1][:20], *lines[1:]], 1),
+        (lambda lines: [lines[0], b"3", b'{"note": "lr was 0.1 here"}', b"null", *lines[1:]], 3),
+        (lambda lines: [lines[0], "caf\u00e9".encode("latin-1"), *lines[1:]], 1),
+        (lambda lines: [lines[0], b"[" * 100_000, b'{"epoch": ' + b"9" * 9999 + b"}", *lines[1:]], 2),
+        (lambda lines: [lines[0], b'{"epoch": true}', b'{"epoch": -1}', b'{"epoch": "1"}', *lines[1:]], 3),
+        (lambda lines: [lines[1], lines[0], lines[2], b'{"epoch": 3, "test_acc1": null}'], 0),
+        (lambda lines: [b'{"epoch": 1, "test_acc1": 99}', *lines], 1),
+        (lambda lines: [line + b"\r" for line in lines], 0),
+        (lambda lines: [b"\xff\xfe" + "\n".join("ab").encode("utf-16-le"), *lines], 2),
+    ],
+)
+def test_a_log_keeps_its_epochs_and_sets_the_rest_aside(
+    spoil: Callable, others: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = [{"epoch": epoch, "test_acc1": 10.0 * epoch} for epoch in range(3)]
+    path = tmp_path / "log.txt"
+    before = spoil([json.dumps(line).encode() for line in good])
+    path.write_bytes(b"\n".join([*before, b'{"epoch": 4, "test_a']))  # the last line was cut short by a kill
+    recorder = reporting.Recorder(str(tmp_path), start_epoch=4, fresh=False)
+    recorder.writer.close()
+    assert EpochLog.read(path)[:3] == good and recorder.best_acc1 == 20.0
+    aside = tmp_path / reporting.OTHER_LINES
+    kept = aside.read_bytes().splitlines() if aside.exists() else []
+    assert len(kept) == others and all(any(line in text for text in before) for line in kept)
+    assert (f"{others} of its lines are no epochs" in caplog.text) == bool(others)
+
+
+def test_a_log_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log.txt")
+    with pytest.raises(utils.SetupError, match="its log.txt is no file"):
+        reporting.Recorder(str(tmp_path), start_epoch=1, fresh=False)
