@@ -381,7 +381,8 @@ def _data(parser: argparse.ArgumentParser) -> None:
         "--shard-cache",
         default="",
         metavar="DIR",
-        help="cache of downloaded shards, preferably on a local disk; default: shards-<uid> in the temporary folder",
+        help="cache of downloaded shards, preferably on a local disk; default: "
+        "~/.cache/vit-anti-oversmoothing/shards ($XDG_CACHE_HOME)",
     )
     group.add(
         "--shard-cache-gb",

@@ -360,7 +360,8 @@ class EpochLog:
         target = self.path.with_name(OTHER_LINES)
         _write(target, "ab", b"".join(line + b"\n" for line in lines))
         _logger.warning(
-            f"{self.path}: {len(lines)} of its lines are no epochs, or of epochs that come again: moved to {target.name}"
+            f"{self.path}: {len(lines)} of its lines are no epochs, or of epochs that come again: moved to "
+            f"{target.name} beside it"
         )
 
     def append(self, line: dict) -> None:

@@ -4,6 +4,7 @@ An index is made once, from the headers of a tar or the directory of a zip; an i
 Reads carry their own position (``os.pread``), so processes that were forked from one another may share a file.
 """
 
+import io
 import logging
 import os
 import posixpath
@@ -19,11 +20,16 @@ from typing import NamedTuple
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from .files import MAX_FILE, open_file
+
 _logger = logging.getLogger(__name__)
 
 SUFFIXES = (".tar", ".zip")
 MAX_OPEN_FILES = 64  # of a process; with ten workers far below the usual limit of 1,024 for each
 LOCAL_HEADER = 30  # bytes of a zip member's own header, before its name
+MAX_NAME = 1024  # bytes; the index keeps as many for every name
+MAX_DEPTH = 32  # folders above a file
+MAX_GLOBALS = 1000  # records of a tar that count for all entries after them
 
 
 class DataError(ValueError):
@@ -39,6 +45,7 @@ class Member(NamedTuple):
         start: First byte of its content (tar) or of its header (zip).
         size: Bytes that are stored.
         method: How: ``TAR``, or zip's own number for stored or deflated.
+        crc: CRC-32 of the content, -1 where it is not known.
     """
 
     archive: str
@@ -46,33 +53,46 @@ class Member(NamedTuple):
     start: int
     size: int
     method: int
+    crc: int
 
     def read(self) -> bytes:
         """Content of the file.
 
         Raises:
-            OSError: If the archive cannot be read there.
+            OSError: If the archive cannot be read there, or something else is there.
             zlib.error: If compressed content is damaged.
         """
+        if self.size > MAX_FILE:
+            raise OSError(f"it is larger than {MAX_FILE >> 20} MB")
         file, start = descriptor(self.archive), self.start
         if self.method != TAR:
             # The header's own name and extra field may be longer than the directory's.
             header = os.pread(file, LOCAL_HEADER, start)
+            if len(header) < LOCAL_HEADER or not header.startswith(b"PK\3\4"):
+                raise OSError("the archive's directory names a place where no file begins")
             start += LOCAL_HEADER + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         content = os.pread(file, self.size, start)
         if len(content) < self.size:
             raise OSError(f"the archive ends {self.size - len(content)} bytes too early")
-        return zlib.decompress(content, wbits=-15) if self.method == zipfile.ZIP_DEFLATED else content
+        if self.method == zipfile.ZIP_DEFLATED:
+            unpacking = zlib.decompressobj(wbits=-15)
+            content = unpacking.decompress(content, MAX_FILE)
+            if not unpacking.eof:
+                raise OSError(f"it is cut short, or unpacks to more than {MAX_FILE >> 20} MB")
+        if self.crc not in (-1, zlib.crc32(content)):
+            raise OSError("its content does not fit its CRC-32: the archive is damaged there")
+        return content
 
     def __str__(self) -> str:
         return f"{self.archive}/{self.name}"
 
 
 TAR = -1
+Place = tuple[int, int, int, int]  # start, size, method and CRC-32; see Member
 
 
 class Members(Sequence):
-    """(:class:`Member`, label) of many images, about 70 bytes each: one array, which worker processes share.
+    """(:class:`Member`, label) of many images, about 80 bytes each: one array, which worker processes share.
 
     Args:
         archives: Paths.
@@ -88,19 +108,56 @@ class Members(Sequence):
         return self.table["label"]
 
     def __getitem__(self, index: int) -> tuple[Member, int]:
-        archive, start, size, method, label, name = self.table[index].tolist()
-        return Member(self.archives[archive], os.fsdecode(name), start, size, method), label
+        archive, start, size, method, crc, label, name = self.table[index].tolist()
+        return Member(self.archives[archive], os.fsdecode(name), start, size, method, crc), label
 
     def __len__(self) -> int:
         return len(self.table)
 
 
-def make_table(rows: Iterable[tuple[int, int, int, int, int, str]]) -> np.ndarray:
-    """Array of (number of the archive, start, size, method, label, name), one row an image; see :class:`Member`."""
+# Columns of an index; the last is the name, as long as the longest.
+KINDS = {"archive": "i4", "start": "i8", "size": "i8", "method": "i1", "crc": "i8", "label": "i4"}
+
+
+def make_table(rows: Iterable[tuple[int, int, int, int, int, int, str]]) -> np.ndarray:
+    """Array of (number of the archive, start, size, method, CRC-32, label, name), one row an image; see `Member`."""
     rows = [(*row, os.fsencode(name)) for *row, name in rows]
     longest = max((len(row[-1]) for row in rows), default=1)
-    kinds = {"archive": "i4", "start": "i8", "size": "i8", "method": "i1", "label": "i4", "name": f"S{longest}"}
-    return np.array(rows, dtype=list(kinds.items()))
+    return np.array(rows, dtype=[*KINDS.items(), ("name", f"S{longest}")])
+
+
+def load_table(content: bytes) -> np.ndarray:
+    """The table in an ``.npy`` file of one, after a look at every number in it.
+
+    Raises:
+        ValueError: If it is something else; nothing is allocated that is not in the file.
+    """
+    stream = io.BytesIO(content)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, kinds = read_header(stream)
+    except Exception as error:  # numpy's parser fails in any way, up to SyntaxError and OverflowError
+        raise ValueError(f"no numpy array ({brief(error)})") from error
+    if kinds.names != (*KINDS, "name") or kinds["name"].kind != "S" or kinds["name"].itemsize > MAX_NAME:
+        raise ValueError("its columns are those of another version, or of something else")
+    if kinds != np.dtype([*KINDS.items(), ("name", kinds["name"])]):
+        raise ValueError("its columns have other types")
+    if len(shape) != 1 or shape[0] * kinds.itemsize != len(content) - stream.tell():
+        raise ValueError("it is cut short")
+    table = np.frombuffer(content, kinds, offset=stream.tell()).copy()
+    for column, low, high in (("start", 0, 2**62), ("size", 0, MAX_FILE), ("method", TAR, TAR), ("crc", -1, 2**32 - 1)):
+        if not ((low <= table[column]) & (table[column] <= high)).all():
+            raise ValueError(f"a {column} is out of range")
+    if (table["label"] < 0).any() or (table["archive"] < 0).any():
+        raise ValueError("a label or the number of a shard is negative")
+    return table
+
+
+def brief(error: BaseException) -> str:
+    """An error in one short line of plain characters."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {ascii(lines[0][:200])[1:-1]}" if lines else type(error).__name__
 
 
 class Tree(NamedTuple):
@@ -113,11 +170,16 @@ class Tree(NamedTuple):
 _open_files: OrderedDict[str, int] = OrderedDict()  # of this process: a file descriptor by path, the latest used last
 
 
-def descriptor(path: str) -> int:
-    """An open file descriptor of ``path``; only the last ``MAX_OPEN_FILES`` stay open."""
+def descriptor(path: str, flags: int = 0) -> int:
+    """An open file descriptor of ``path``; only the last ``MAX_OPEN_FILES`` stay open.
+
+    Args:
+        path: Of a regular file.
+        flags: Of ``os.open``, where it is not open yet.
+    """
     file = _open_files.pop(path, None)
     if file is None:
-        file = os.open(path, os.O_RDONLY)
+        file = open_file(path, flags)
         for other, held in list(_open_files.items()):
             if os.fstat(held).st_nlink == 0:  # removed, but on the disk for as long as it is open
                 os.close(_open_files.pop(other))
@@ -125,6 +187,13 @@ def descriptor(path: str) -> int:
             os.close(_open_files.popitem(last=False)[1])
     _open_files[path] = file
     return file
+
+
+def close(path: str) -> None:
+    """Closes the file that `descriptor` keeps open, so that it is opened anew."""
+    file = _open_files.pop(path, None)
+    if file is not None:
+        os.close(file)
 
 
 # --------------------------------------------------------------------------------------------------------------- index
@@ -152,8 +221,7 @@ def read_tree(path: Path, split: str, *, alone: bool) -> Tree | None:
 
 @lru_cache(maxsize=4)  # asked for the classes, for the images, and again by the other split
 def _read_trees(path: str, mtime_ns: int, size: int, splits: tuple[str, ...], alone: bool) -> dict[str, Tree | None]:
-    if path in _open_files:  # an archive that was written anew
-        os.close(_open_files.pop(path))
+    close(path)  # an archive that was written anew
     _logger.info(f"indexing {path} ({size / 1e9:.1f} GB)")
     files, folders = _list_zip(path) if path.lower().endswith(".zip") else _list_tar(path)
     folders |= {posixpath.dirname(name) for name in files}
@@ -169,7 +237,7 @@ def _read_trees(path: str, mtime_ns: int, size: int, splits: tuple[str, ...], al
     return trees
 
 
-def _make_tree(path: str, prefix: str, files: dict[str, tuple[int, int, int]], folders: set[str]) -> Tree:
+def _make_tree(path: str, prefix: str, files: dict[str, Place], folders: set[str]) -> Tree:
     """Classes and images below ``prefix``, sorted as ``ImageFolder`` sorts: by class, folder and file name."""
     below = (folder[len(prefix) :] for folder in folders if folder.startswith(prefix))
     classes = sorted({folder for folder in below if folder and "/" not in folder and folder[0] != "."})
@@ -184,6 +252,10 @@ def _make_tree(path: str, prefix: str, files: dict[str, tuple[int, int, int]], f
     return Tree(classes, Members([path], make_table((0, *place, label, name) for label, _, _, name, *place in rows)))
 
 
+class DamagedError(DataError):
+    """An archive cannot be read as one, or not to its end."""
+
+
 class TarEntry(NamedTuple):
     """One header of a tar: ``kind`` is "file", "folder", "link" (then ``target`` is a name) or "other"."""
 
@@ -194,36 +266,67 @@ class TarEntry(NamedTuple):
     target: str = ""
 
 
+class _Bounded(io.BufferedReader):
+    """A file that is never asked for more than it has: Python takes the memory for what a header declares first."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(io.FileIO(open_file(path)))
+        self.length = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        """At most ``size`` bytes, all of the rest if it is negative."""
+        rest = max(0, self.length - self.tell())
+        return super().read(rest if size is None or size < 0 else min(size, rest))
+
+
 def tar_entries(path: str) -> Iterator[TarEntry]:
     """Entries of a tar in their order.
 
     Raises:
-        DataError: If it is no plain tar, or is cut short or damaged anywhere; that is, after its last good entry.
+        DamagedError: If it is no plain tar, or is cut short or damaged anywhere; that is, after its last good entry.
     """
     try:
-        with tarfile.open(path, "r:") as tar:
+        with _Bounded(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            end = 0
             while (entry := tar.next()) is not None:
                 tar.members.clear()  # tarfile would keep a kilobyte of every entry
-                name = _normal(entry.name)
-                if entry.isreg() and entry.sparse is None:
-                    yield TarEntry(name, "file", entry.offset_data, entry.size)
-                elif entry.islnk() or entry.issym():
-                    base = posixpath.dirname(name) if entry.issym() else ""
-                    yield TarEntry(name, "link", 0, 0, _normal(posixpath.join(base, entry.linkname)))
-                else:
-                    yield TarEntry(name, "folder" if entry.isdir() else "other", 0, 0)
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(512):  # tarfile takes whatever is no header for the end
-                raise tarfile.ReadError(f"no entry and no end mark at byte {tar.offset}")
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(
-            f"--data-path: {path} is no tar file that images can be read from in place ({error}): a compressed one has "
-            "to be repacked without compression, a damaged one fetched again"
+                if entry.size < 0 or tar.offset <= end:
+                    raise tarfile.ReadError(f"a negative size of the entry at byte {end}")
+                if tar.offset > file.length:
+                    raise tarfile.ReadError(f"unexpected end of data in the entry at byte {end}")
+                if len(tar.pax_headers) > MAX_GLOBALS:
+                    raise tarfile.ReadError("too many records for all entries")
+                end = tar.offset
+                yield _tar_entry(path, entry)
+            # tarfile takes whatever is no header for the end, and a block of zeros even if entries follow.
+            file.seek(end)
+            if len(file.read(512)) < 512:
+                raise tarfile.ReadError(f"no end mark at byte {end}")
+            file.seek(end)
+            while block := file.read(1 << 20):
+                if block.count(0) < len(block):
+                    raise tarfile.ReadError(f"no entry and no end mark at byte {end}, but more after it")
+    except DataError:
+        raise
+    except Exception as error:  # on damaged files tarfile fails in any way, up to RecursionError and OverflowError
+        raise DamagedError(
+            f"--data-path: {path} is no tar file that images can be read from in place ({brief(error)}): a compressed "
+            "one has to be repacked without compression, a damaged one fetched again"
         ) from error
 
 
-def _list_tar(path: str) -> tuple[dict[str, tuple[int, int, int]], set[str]]:
-    """Files by name as (start, size, method), and the names of the folders."""
+def _tar_entry(path: str, entry: tarfile.TarInfo) -> TarEntry:
+    name = _checked_name(path, entry.name)
+    if entry.isreg() and entry.sparse is None:
+        return TarEntry(name, "file", entry.offset_data, entry.size)
+    if entry.islnk() or entry.issym():
+        base = posixpath.dirname(name) if entry.issym() else ""
+        return TarEntry(name, "link", 0, 0, _checked_name(path, posixpath.join(base, entry.linkname)))
+    return TarEntry(name, "folder" if entry.isdir() else "other", 0, 0)
+
+
+def _list_tar(path: str) -> tuple[dict[str, Place], set[str]]:
+    """Files by name, and the names of the folders."""
     files, folders, links = {}, set(), {}
     for entry in tar_entries(path):
         if _is_of_macos(entry.name):
@@ -231,7 +334,7 @@ def _list_tar(path: str) -> tuple[dict[str, tuple[int, int, int]], set[str]]:
         if entry.kind == "folder":
             folders.add(entry.name)
         elif entry.kind == "file":
-            files[entry.name] = (entry.start, entry.size, TAR)
+            files[entry.name] = (entry.start, entry.size, TAR, -1)
         else:
             links[entry.name] = entry.target
     for name, target in links.items():
@@ -247,16 +350,18 @@ def _list_tar(path: str) -> tuple[dict[str, tuple[int, int, int]], set[str]]:
     return files, folders
 
 
-def _list_zip(path: str) -> tuple[dict[str, tuple[int, int, int]], set[str]]:
+def _list_zip(path: str) -> tuple[dict[str, Place], set[str]]:
     """As :func:`_list_tar`."""
     files, folders = {}, set()
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise DataError(f"--data-path: {path} is no zip file ({error}), or is cut short: fetch it again") from error
+        with _Bounded(path) as file, zipfile.ZipFile(file) as archive:
+            entries, length = archive.infolist(), file.length
+    except Exception as error:  # on damaged files zipfile fails in any way, up to NotImplementedError
+        raise DamagedError(
+            f"--data-path: {path} is no zip file ({brief(error)}), or is cut short or damaged: fetch it again"
+        ) from error
     for entry in entries:
-        name = _normal(entry.filename)
+        name = _checked_name(path, entry.filename)
         if _is_of_macos(name):
             continue
         if entry.is_dir():
@@ -267,12 +372,23 @@ def _list_zip(path: str) -> tuple[dict[str, tuple[int, int, int]], set[str]]:
                     f"--data-path: {path} holds {name} encrypted or compressed in a way that cannot be read in place: "
                     "repack it with zip -0"
                 )
-            files[name] = (entry.header_offset, entry.compress_size, entry.compress_type)
+            if entry.header_offset < 0 or entry.header_offset + LOCAL_HEADER + entry.compress_size > length:
+                raise DamagedError(f"--data-path: {path} ends before {name} does: it is damaged, fetch it again")
+            files[name] = (entry.header_offset, entry.compress_size, entry.compress_type, entry.CRC)
     return files, folders
 
 
-def _normal(name: str) -> str:
+def _checked_name(path: str, name: str) -> str:
     """Name without ``./`` and without slashes around it; the top is ''."""
+    try:
+        too_long = len(os.fsencode(name)) > MAX_NAME
+    except UnicodeError as error:
+        raise DamagedError(f"--data-path: {path} holds a name in no known encoding: pack it again") from error
+    if too_long or "\0" in name or name.count("/") > MAX_DEPTH:
+        raise DamagedError(
+            f"--data-path: {path} holds a name of {len(name)} characters ({ascii(name[:40])}...), the limits are "
+            f"{MAX_NAME} bytes and {MAX_DEPTH} folders: it is damaged, or has to be packed again"
+        )
     name = posixpath.normpath(name).lstrip("/")
     return "" if name == "." else name
 

@@ -18,13 +18,16 @@ import logging
 import os
 import queue
 import re
+import secrets
+import shlex
 import shutil
-import tempfile
+import stat
 import threading
 import time
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -35,7 +38,8 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from . import archives
-from .archives import DataError, Member, Members
+from .archives import DamagedError, DataError, Member, Members, brief
+from .files import MAX_FILE, open_file, read_file
 
 _logger = logging.getLogger(__name__)
 
@@ -46,6 +50,12 @@ SHARD_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 ATTEMPTS, PAUSE_S = 8, 1.0  # of fetching a shard; pauses double: two minutes in all
 FETCHERS = 4  # threads of a process that fetch ahead
 DISK_SHARE = 0.9  # of what is free on the cache's disk or held by the cache: more is never taken
+FOLDER = "shards-"  # begins the names of the cache's folders, so that nothing else in --shard-cache is touched
+MAX_INDEX = 64 << 20  # bytes of _info.json
+MAX_TABLE = 4 << 30  # bytes of train.npy
+MAX_IMAGES = 10**8  # of a split: their order is drawn in memory
+MAX_LABEL_DIGITS = 9
+PART_DIGITS = 8  # tell the parts of several downloads of one shard apart
 
 
 class Shards(NamedTuple):
@@ -90,16 +100,14 @@ def read_info(root: str) -> tuple[dict[str, Any], str]:
         try:
             content = _read(join(root, name))
             info = json.loads(content)
-            for split in info["splits"].values():
-                if len(split["filenames"]) != len(split["shard_lengths"]):
-                    raise ValueError("filenames and shard_lengths differ in number")
-                if not all(isinstance(length, int) and length >= 0 for length in split["shard_lengths"]):
-                    raise ValueError("shard_lengths are no numbers of images")
+            _check_info(info)
             return info, hashlib.sha256(content).hexdigest()[:16]
         except OSError as error:
             problems.append(f"{name}: {_reason(error)}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"--data-path {root}: {name} is no index of shards ({error!r}): write it anew") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"--data-path {root}: {name} is no index of shards ({brief(error)}): write it anew"
+            ) from error
     raise DataError(
         f"--data-path {root} has no readable index of shards ({'; '.join(problems)}): scripts/prepare_wds.py writes "
         "shards with their index, with --index an index for shards that are there"
@@ -118,19 +126,52 @@ def _check_scheme(root: str) -> None:
         )
 
 
+def _check_info(info: Any) -> None:
+    """Raises ValueError if it is not what the rest of this file takes it for."""
+
+    def is_list(value: Any, kind: type) -> bool:
+        return isinstance(value, list) and all(type(entry) is kind for entry in value)
+
+    if not isinstance(info, dict) or not isinstance(info.get("splits"), dict):
+        raise ValueError('no "splits" by name')
+    if not is_list(info.get("classes") or [], str):
+        raise ValueError('its "classes" are no list of names')
+    for split in info["splits"].values():
+        if not isinstance(split, dict) or not is_list(split.get("filenames"), str):
+            raise ValueError("filenames are no list of names")
+        lengths = split.get("shard_lengths")
+        if not is_list(lengths, int) or not all(length >= 0 for length in lengths):
+            raise ValueError("shard_lengths are no numbers of images")
+        if len(split["filenames"]) != len(lengths):
+            raise ValueError("filenames and shard_lengths differ in number")
+        if sum(lengths) > MAX_IMAGES:
+            raise ValueError(f"shard_lengths add up to more than {MAX_IMAGES} images")
+
+
 def _reason(error: OSError) -> str:
     """What went wrong, without the command line that ``gopen`` says it with."""
     code = re.search(r"exit (-?\d+)", str(error))
     return error.strerror or (f"the command that reads it ended with code {code[1]}" if code else str(error))
 
 
-def _read(url: str) -> bytes:
-    if not is_remote(url):
-        return Path(url).read_bytes()
+def _open(url: str) -> IO:
+    """A stream of a remote file. Of ``http(s)://``, other than ``gopen``'s, it ends if nothing comes for a minute."""
     from webdataset.gopen import gopen
 
-    with gopen(url, "rb") as stream:
-        return stream.read()
+    if url.startswith(("http://", "https://")):
+        command = "curl -sfLg --connect-timeout 30 --retry 5 --retry-delay 2 --speed-limit 1 --speed-time 60"
+        return gopen(f"pipe:{command} {shlex.quote(url)}", "rb")
+    return gopen(url, "rb")
+
+
+def _read(url: str) -> bytes:
+    if not is_remote(url):
+        return read_file(url, MAX_INDEX)
+    with _open(url) as stream:
+        content = stream.read(MAX_INDEX + 1)
+    if len(content) > MAX_INDEX:
+        raise ValueError(f"it is larger than {MAX_INDEX >> 20} MB")
+    return content
 
 
 def open_split(root: str, split: str) -> Shards:
@@ -143,7 +184,7 @@ def open_split(root: str, split: str) -> Shards:
     found = next((info["splits"][name] for name in SPLIT_NAMES[split] if name in info["splits"]), None)
     if found is None:
         raise DataError(f"--data-path {root}: the index has no split {split}, only {', '.join(info['splits'])}")
-    names, lengths = [str(name) for name in found["filenames"]], found["shard_lengths"]
+    names, lengths = found["filenames"], found["shard_lengths"]
     bad = next((name for name in names if not SHARD_NAME.fullmatch(name)), None)
     if bad is not None:
         raise DataError(
@@ -180,17 +221,22 @@ def scan_shard(path: str, number: int = 0) -> np.ndarray:
         if entry.kind == "file" and key is not None:
             samples.setdefault(key, {})["." + extension.lower()] = entry
     rows = []
-    with open(path, "rb") as file:
+    with os.fdopen(open_file(path), "rb") as file:
         for key, parts in samples.items():
             image = next((entry for extension, entry in parts.items() if extension in IMG_EXTENSIONS), None)
-            try:
-                file.seek(parts[".cls"].start)
-                label = int(file.read(parts[".cls"].size))
-            except (KeyError, ValueError):
-                label = -1
-            if image is None or label < 0:
-                raise DataError(f"--data-path: {path} is no shard of labelled images: {key} lacks its .jpg or .cls")
-            rows.append((number, image.start, image.size, archives.TAR, label, image.name))
+            label = parts.get(".cls")
+            digits = b""
+            if label is not None and label.size < 100:
+                file.seek(label.start)
+                digits = file.read(label.size).strip()
+            if image is None or not digits.isdigit() or len(digits) > MAX_LABEL_DIGITS or image.size > MAX_FILE:
+                raise DataError(
+                    f"--data-path: {path} is no shard of labelled images: {key} lacks its .jpg, or a .cls with the "
+                    "number of its class"
+                )
+            file.seek(image.start)
+            crc = zlib.crc32(file.read(image.size))
+            rows.append((number, image.start, image.size, archives.TAR, crc, int(digits), image.name))
     return archives.make_table(rows)
 
 
@@ -202,7 +248,7 @@ def local_members(shards: Shards) -> Members:
     """
     path = Path(shards.root, f"{shards.split}.npy")
     try:
-        table = np.load(path, allow_pickle=False)
+        table = archives.load_table(read_file(path, MAX_TABLE))
         ends = np.zeros(len(shards.names), np.int64)
         np.maximum.at(ends, table["archive"], table["start"] + table["size"])
         counts = np.bincount(table["archive"], minlength=len(ends)).tolist()
@@ -247,8 +293,9 @@ class RemoteMembers(Sequence):
 
     def __init__(self, shards: Shards, folder: Path, limit: float) -> None:
         self.shards, self.base, self.limit = shards, folder, limit
-        # Another index means another data set, even at the same address.
-        self.folder = folder / hashlib.sha256(f"{shards.root}\n{shards.digest}".encode()).hexdigest()[:16]
+        # Another index is another data set, though its address be the same.
+        name = hashlib.sha256(f"{shards.root}\n{shards.digest}\n{os.geteuid()}".encode()).hexdigest()[:16]
+        self.folder = folder / f"{FOLDER}{name}"
         self.ends = list(accumulate(shards.lengths))
         self._tables: dict[int, np.ndarray] = {}
 
@@ -261,20 +308,50 @@ class RemoteMembers(Sequence):
 
     def __getitem__(self, index: int) -> tuple[Member, int]:
         shard = self.shard_of(index)
-        try:
-            self._open(shard)
-        except (FileNotFoundError, NotADirectoryError):
-            self.fetch(shard, keep_open=True)
-        members = Members([str(self.path(shard))], self._tables[shard])
-        return members[index - self.ends[shard] + self.shards.lengths[shard]]
+        for attempt in range(3):
+            try:
+                self._open(shard)
+                members = Members([str(self.path(shard))], self._tables[shard])
+                member, label = members[index - self.ends[shard] + self.shards.lengths[shard]]
+                member.read()
+                return member._replace(crc=-1), label  # it has just been compared
+            except (DataError, FileNotFoundError, NotADirectoryError) as error:
+                if isinstance(error, DataError):
+                    raise
+            except (OSError, ValueError) as error:
+                _logger.warning(f"--shard-cache: {self.path(shard)} is damaged ({brief(error)}): fetching it again")
+                self._drop(shard)
+            if attempt < 2:
+                self.fetch(shard, keep_open=True)
+        raise DataError(f"--shard-cache {self.base}: what is written there is not what is read: check that disk")
 
     def _open(self, shard: int) -> None:
-        """Opens a shard of the cache, for good: the read that follows succeeds even if it is removed meanwhile."""
-        archives.descriptor(str(self.path(shard)))
+        """Opens a shard of the cache, for good: the read that follows succeeds even if it is removed meanwhile.
+
+        Raises:
+            OSError: If it or its table is not there.
+            ValueError: If they are damaged.
+            DataError: If others can write there.
+        """
+        path = self.path(shard)
+        self._check_folder()
+        archives.descriptor(str(path), os.O_NOFOLLOW)
         if shard not in self._tables:
+            table = archives.load_table(read_file(path.with_suffix(".npy"), MAX_TABLE, os.O_NOFOLLOW))
+            if len(table) != self.shards.lengths[shard]:
+                raise ValueError("its table is of another shard")
             if len(self._tables) >= archives.MAX_OPEN_FILES:
                 self._tables.pop(next(iter(self._tables)))
-            self._tables[shard] = np.load(self.path(shard).with_suffix(".npy"), allow_pickle=False)
+            self._tables[shard] = table
+
+    def _drop(self, shard: int) -> None:
+        """Removes a damaged shard from the cache."""
+        path = self.path(shard)
+        archives.close(str(path))
+        self._tables.pop(shard, None)
+        for file in (path, path.with_suffix(".npy")):
+            with suppress(OSError):
+                file.unlink()
 
     def path(self, shard: int) -> Path:
         """Where the cache keeps a shard; its table lies beside it."""
@@ -291,28 +368,108 @@ class RemoteMembers(Sequence):
             DataError: If it cannot be fetched, or the cache cannot hold it.
         """
         path = self.path(shard)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(path):
-                if not path.exists():
-                    partial = path.with_suffix(".part")
-                    _download(self.shards.url(shard), partial)
-                    with open(path.with_suffix(".npy"), "wb") as file:
-                        np.save(file, self._scan(partial, shard))
-                        _to_disk(file)
-                    partial.replace(path)
-                    self._make_room(keep=path)
-                os.utime(path)
-                if keep_open:
-                    self._open(shard)
-        except OSError as error:
-            raise DataError(
-                f"--shard-cache {self.base} cannot take a shard ({error.strerror or error}): free some space there, "
-                "name another folder, or lower --shard-cache-gb"
-            ) from error
+        for _ in range(3):  # somebody may remove the cache meanwhile
+            try:
+                self._claim_folder()
+                with _locked(path):
+                    if not (path.exists() and path.with_suffix(".npy").exists()):
+                        self._fetch(shard, path)
+                    os.utime(path)
+                    if keep_open:
+                        with suppress(ValueError):  # it is damaged, which the caller notices
+                            self._open(shard)
+                return
+            except FileNotFoundError as error:
+                failure: OSError = error
+            except OSError as error:
+                failure = error
+                break
+        raise DataError(
+            f"--shard-cache {self.base} cannot take a shard ({failure.strerror or failure}): free some space there, "
+            "name another folder, or lower --shard-cache-gb"
+        ) from failure
 
-    def _scan(self, path: Path, shard: int) -> np.ndarray:
-        table = scan_shard(str(path))
+    def _fetch(self, shard: int, path: Path) -> None:
+        """Downloads, looks at every image, and gives the files their names; whatever happens, no part is left."""
+        part, table = (
+            path.with_name(f"{path.stem}.{secrets.token_hex(PART_DIGITS // 2)}{ending}.part") for ending in ("", ".npy")
+        )
+        try:
+            rows = self._download(shard, part)
+            with open(table, "xb") as file:
+                np.save(file, rows)
+                _to_disk(file)
+            table.replace(path.with_suffix(".npy"))
+            part.replace(path)
+            archives.close(str(path))
+            self._tables.pop(shard, None)
+        finally:
+            part.unlink(missing_ok=True)
+            table.unlink(missing_ok=True)
+        self._make_room(keep=path)
+
+    def _claim_folder(self) -> None:
+        self.base.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            self.folder.mkdir(mode=0o700)
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        """Refuses a folder in which others could put images, or whose place they could take.
+
+        Raises:
+            FileNotFoundError: If it is not there.
+            DataError: If it is somebody else's, or others can write into it.
+        """
+        state, above = self.folder.lstat(), self.base.stat()
+        others_write = stat.S_IWGRP | stat.S_IWOTH
+        if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid() or state.st_mode & others_write:
+            raise DataError(
+                f"--shard-cache: {self.folder} is a link, belongs to somebody else or can be written by others, who "
+                "could put images there: remove it, or name another folder"
+            )
+        if above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX:
+            raise DataError(f"--shard-cache {self.base} can be written by everybody (chmod o-w): name another folder")
+
+    def _download(self, shard: int, part: Path) -> np.ndarray:
+        """Fetches a shard into ``part`` and returns its table; what breaks off or is no tar is asked for again."""
+        url, room = self.shards.url(shard), DISK_SHARE * shutil.disk_usage(self.base).free
+        for attempt in range(ATTEMPTS):
+            try:
+                with _open(url) as stream, open(part, "wb") as file:
+                    while block := stream.read(2**20):
+                        file.write(block)
+                        if file.tell() > room:
+                            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    _to_disk(file)
+                return self._scan(part, shard)
+            except DamagedError as error:
+                with open(part, "rb") as file:
+                    page = file.read(100).lstrip().startswith(b"<")
+                reason = "a web page came" if page else f"no whole tar came, {brief(error.__cause__ or error)}"
+                cause: Exception = error
+            except FileNotFoundError as error:
+                if not part.parent.exists():  # the cache was removed
+                    raise
+                reason, cause = _reason(error), error
+            except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    raise
+                reason, cause = _reason(error), error
+            if attempt < ATTEMPTS - 1:
+                time.sleep(PAUSE_S * 2**attempt)
+        raise DataError(
+            f"--data-path: {url} could not be fetched in {ATTEMPTS} attempts ({reason}): look at the address and the "
+            "network; the same command with --auto_reload continues"
+        ) from cause
+
+    def _scan(self, part: Path, shard: int) -> np.ndarray:
+        try:
+            table = scan_shard(str(part))
+        except DamagedError:
+            raise
+        except DataError as error:
+            raise DataError(str(error).replace(str(part), self.shards.url(shard))) from error
         if len(table) != self.shards.lengths[shard]:
             raise DataError(
                 f"--data-path: {self.shards.url(shard)} holds {len(table)} images, the index says "
@@ -322,25 +479,28 @@ class RemoteMembers(Sequence):
         return table
 
     def _make_room(self, keep: Path) -> None:
-        """Removes the shards that were asked for longest ago until the cache is within its limit and the disk's."""
+        """Removes the shards that were asked for longest ago until the cache is within its limit and the disk's.
+
+        Parts of downloads that were killed go first. Nothing but this cache's own folders is looked at.
+        """
         found = []
-        for table in self.base.glob("*/*.npy"):
-            path = table.with_suffix(".tar")
-            try:
-                found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-            except FileNotFoundError:  # another process removes it
-                pass
-        held = sum(size for _, size, _ in found)
+        for file in [*self.base.glob(f"{FOLDER}*/*.tar"), *self.base.glob(f"{FOLDER}*/*.part")]:
+            with suppress(FileNotFoundError):  # another process removes it
+                state = file.stat()
+                found.append((file.suffix != ".part", state.st_mtime_ns, state.st_size, file))
+        held = sum(size for _, _, size, _ in found)
         limit = min(self.limit, DISK_SHARE * (held + shutil.disk_usage(self.base).free))
-        for _, size, path in sorted(found):
-            if held > limit and path != keep:
-                try:
-                    with _locked(path, wait=False):
-                        path.unlink(missing_ok=True)
-                        path.with_suffix(".npy").unlink(missing_ok=True)
-                        held -= size
-                except BlockingIOError:  # a process is just opening it
-                    pass
+        for whole, _, size, file in sorted(found):
+            if (whole and held <= limit) or file == keep:
+                continue
+            stem = file.name.removesuffix(".part").removesuffix(".npy")[: -1 - PART_DIGITS]
+            shard = file if whole else file.with_name(f"{stem}.tar")
+            with suppress(BlockingIOError):  # a process is just opening it, or fetching
+                with _locked(shard, wait=False):
+                    file.unlink(missing_ok=True)
+                    if whole:
+                        file.with_suffix(".npy").unlink(missing_ok=True)
+                    held -= size
 
 
 @contextmanager
@@ -350,44 +510,28 @@ def _locked(path: Path, wait: bool = True) -> Iterator[None]:
     Raises:
         BlockingIOError: Without ``wait``, if one has it.
     """
-    with open(path.with_suffix(".lock"), "w") as lock:
+    lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             yield
         finally:
             # Closing is not enough: a process that was forked meanwhile has the file open too.
             fcntl.flock(lock, fcntl.LOCK_UN)
+    finally:
+        os.close(lock)
 
 
 def default_cache() -> Path:
-    """Where shards are kept without ``--shard-cache``: in this user's part of the machine's temporary folder."""
-    return Path(tempfile.gettempdir(), f"shards-{os.getuid()}")
+    """Where shards are kept without ``--shard-cache``: in this user's own cache folder, by the XDG convention."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(home) if os.path.isabs(home) else Path("~/.cache").expanduser()) / "vit-anti-oversmoothing" / "shards"
 
 
 def _to_disk(file: IO) -> None:
     """Waits until a file is written: the cache outlives a crash of the machine."""
     file.flush()
     os.fsync(file.fileno())
-
-
-def _download(url: str, target: Path) -> None:
-    from webdataset.gopen import gopen
-
-    for attempt in range(ATTEMPTS):
-        try:
-            with gopen(url, "rb") as stream, open(target, "wb") as file:
-                shutil.copyfileobj(stream, file, 2**20)
-                _to_disk(file)
-            return
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise
-            if attempt == ATTEMPTS - 1:
-                raise DataError(
-                    f"--data-path: {url} could not be fetched in {ATTEMPTS} attempts ({_reason(error)}): look at "
-                    "the address and the network; the same command with --auto_reload continues"
-                ) from error
-        time.sleep(PAUSE_S * 2**attempt)
 
 
 class FetchAhead:
