@@ -10,10 +10,9 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import multiprocessing
 import os
-import shutil
-import struct
 import tempfile
 import warnings
 import zlib
@@ -32,11 +31,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, DatasetFolder, FashionMNIST, ImageFolder, VisionDataset
-from torchvision.datasets.folder import find_classes
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from readers import archives, shards
 from readers.archives import DataError, Member
+from readers.files import read_file
+
+_logger = logging.getLogger(__name__)
 
 # Number of classes each data set is known for; the trees on disk are counted and may hold another number.
 NOMINAL_CLASSES = {
@@ -52,20 +54,11 @@ DATA_SETS = (*NOMINAL_CLASSES, "FOLDER", "wds")
 INAT_YEARS = {"INAT": 2018, "INAT19": 2019}
 AUTO_AUGMENT_FAMILIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
 
-# What Pillow's decoders are known to raise on damaged files. MemoryError is not the file's fault and not in here.
-IMAGE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+# Formats that are opened, whatever a file is called: those of torchvision's extensions, and what is found under them.
+# Pillow knows 40 more, some of which start a program (EPS) or fail in ways of their own.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+MAX_JSON, MAX_IDX = 1 << 30, 64 << 20  # bytes of iNaturalist's annotations, and of one of Fashion-MNIST's files
+MAX_ASPECT = 100  # of the longer side to the shorter, which an evaluation resizes to 256 pixels
 
 
 File = str | Member
@@ -128,7 +121,7 @@ def load_image(path: File) -> Image.Image:
     """Reads an image file as RGB.
 
     Args:
-        path: File of any format Pillow reads, on disk or in an archive.
+        path: File of one of ``IMAGE_FORMATS``, on disk or in an archive.
 
     Raises:
         BadImageError: If the file cannot be read.
@@ -143,10 +136,12 @@ def open_image(path: File) -> Image.Image:
         BadImageError: If the file cannot be read.
     """
     with _explain_image_errors(path):
-        if isinstance(path, str):
-            return Image.open(path)
-        image = Image.open(io.BytesIO(path.read()))
+        content = read_file(path) if isinstance(path, str) else path.read()
+        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
         image.filename = str(path)  # named by errors while decoding
+        shorter, longer = sorted(image.size)
+        if longer > MAX_ASPECT * shorter:
+            raise ValueError(f"it has {image.size[0]} x {image.size[1]} pixels, more than {MAX_ASPECT} to 1")
         return image
 
 
@@ -168,9 +163,11 @@ def _explain_image_errors(path: File) -> Iterator[None]:
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         try:
             yield
-        except IMAGE_ERRORS as error:
+        except MemoryError:  # not the file's fault: sizes are limited
+            raise
+        except Exception as error:  # on damaged files the decoders fail in any way
             raise BadImageError(
-                f"cannot read image {path} ({type(error).__name__}: {error}): repair or remove it, "
+                f"cannot read image {path} ({archives.brief(error)}): repair or remove it, "
                 "or pass --skip-bad-images N to skip up to N such images"
             ) from error
 
@@ -275,6 +272,48 @@ class ImageTree(ImageFolder):
         classes = class_folders(Path(directory))
         return classes, {name: label for label, name in enumerate(classes)}
 
+    @staticmethod
+    def make_dataset(directory: str | Path, class_to_idx: dict[str, int], *_: Any, **__: Any) -> list[tuple[str, int]]:
+        """(path, label) of the images in ``ImageFolder``'s order; links are followed, but no folder is entered twice.
+
+        Raises:
+            DataError: If a class has no images, or a folder cannot be listed.
+        """
+        samples, empty = [], []
+        for name, label in sorted(class_to_idx.items()):
+            found = [
+                (os.path.join(folder, file), label)
+                for folder, files in sorted(_walk(os.path.join(directory, name)))
+                for file in sorted(files)
+                if file.lower().endswith(IMG_EXTENSIONS)
+            ]
+            samples += found
+            empty += [name] if not found else []
+        if empty:
+            raise DataError(
+                f"--data-path {directory}: found no valid file for the classes {_shorten(empty)}; supported are "
+                f"{', '.join(IMG_EXTENSIONS)}"
+            )
+        return samples
+
+
+def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
+    """Folders and the names of their files; one that links lead to again, as ``loop -> .`` does, is left out."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"--data-path: {error.filename} cannot be listed ({error.strerror})") from error
+
+    seen = set()
+    for folder, below, files in os.walk(top, followlinks=True, onerror=refuse):
+        state = os.stat(folder)
+        if (state.st_dev, state.st_ino) in seen:
+            _logger.warning(f"--data-path: {folder} is a link to a folder of the same class: left out")
+            below.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        below.sort()
+        yield folder, files
+
 
 class MemberImages(DatasetFolder):
     """Images inside archives or shards.
@@ -325,13 +364,15 @@ class FlatFashionMNIST(VisionDataset):
         self.targets = self._read(f"{prefix}-labels-idx1-ubyte", read_label_file).tolist()
         if len(self.data) != len(self.targets):
             raise DataError(f"--data-path {root}: {len(self.data)} images of {prefix} have {len(self.targets)} labels")
+        if self.data.ndim != 3 or max(self.targets, default=0) >= len(self.classes):
+            raise DataError(f"--data-path {root}: the files of {prefix} are none of Fashion-MNIST: fetch them again")
 
     def _read(self, name: str, reader: Callable[[str], Tensor]) -> Tensor:
         path = fashion_mnist_file(Path(self.root), name)
         opener = gzip.open if path.suffix == ".gz" else open
         try:
             with opener(path, "rb") as source, tempfile.NamedTemporaryFile() as plain:  # torchvision reads no .gz
-                shutil.copyfileobj(source, plain)
+                plain.write(source.read(MAX_IDX))
                 plain.flush()
                 return reader(plain.name)
         except (OSError, EOFError, zlib.error, AssertionError, RuntimeError, ValueError, TypeError, KeyError) as error:
@@ -392,7 +433,9 @@ class INaturalistJson(DatasetFolder):
             categories = {annotation["image_id"]: annotation["category_id"] for annotation in split["annotations"]}
             files = [image["file_name"] for image in split["images"]]
             self.targets = [self.class_to_idx[names[categories[image["id"]]]] for image in split["images"]]
-        except (KeyError, TypeError) as error:
+            if not all(isinstance(name, str) for name in files):
+                raise TypeError("a file_name")
+        except (LookupError, TypeError, AttributeError) as error:
             raise DataError(
                 f"--data-path: {train_file} and {split_file} do not fit together with categories.json: "
                 f"{error} is missing; use the files of one year's challenge"
@@ -518,10 +561,7 @@ def _build_tree(root: Path, split: str, transform: Callable, loader: Callable[[F
     """Images of one split of a tree, unpacked or in an archive."""
     found = _find_split(root, split)
     if isinstance(found, Path):
-        try:
-            return ImageTree(found, transform, loader)
-        except FileNotFoundError as error:
-            raise DataError(f"--data-path {root}: {error}") from error
+        return ImageTree(found, transform, loader)
     empty = sorted(set(range(len(found.classes))) - set(found.members.targets.tolist()))
     if empty:
         names = _shorten([found.classes[label] for label in empty])
@@ -613,6 +653,8 @@ def class_folders(folder: Path) -> list[str]:
         classes = [name for name in find_classes(folder)[0] if not name.startswith(".")]
     except FileNotFoundError:
         classes = []
+    except OSError as error:
+        raise DataError(f"--data-path: {folder} cannot be listed ({error.strerror})") from error
     if not classes:
         raise DataError(f"--data-path: {folder} is empty: it should hold one folder of images for each class")
     return classes
@@ -712,7 +754,7 @@ def _build_torchvision(is_train: bool, options: DataOptions, root: Path, transfo
         hint = f"the folder {builder.base_folder}/, unpacked from {builder.url}"
     try:
         return builder(root, train=is_train, transform=transform, download=options.download)
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, TypeError, LookupError, EOFError, AssertionError) as error:
         raise DataError(
             f"--data-set {options.data_set} is not usable at --data-path {root} ({error}): "
             f"put there {hint}; or pass --download where the network allows it"
@@ -721,8 +763,8 @@ def _build_torchvision(is_train: bool, options: DataOptions, root: Path, transfo
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_file(path, MAX_JSON))
     except FileNotFoundError as error:
         raise DataError(f"--data-path: {path} is missing: unpack the challenge's annotations there") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"--data-path: {path} is not readable as json ({error}): fetch it again") from error
