@@ -219,7 +219,7 @@ def test_a_wrong_argument_is_one_line_and_writes_nothing(
     source: str, output: str, flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     torch.save({"head.weight": torch.zeros(3, 4)}, tmp_path / "bare.pth")
-    torch.save({"fc.weight": torch.zeros(3, 4)}, tmp_path / "headless.pth")
+    torch.save({"body.weight": torch.zeros(3, 4)}, tmp_path / "headless.pth")
     model = saved("attnscale_tiny_12", tmp_path / "good.pth")
     broken = model.state_dict() | {"head.bias": torch.full((5,), torch.nan)}
     torch.save(read_checkpoint(tmp_path / "good.pth") | {"model": broken}, tmp_path / "nan.pth")
