@@ -1,10 +1,13 @@
 """What several test files need: the golden numbers, small models, a fixed seed, the installed library."""
 
+import ctypes
+import gc
 import importlib.util
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +22,15 @@ TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_c
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _give_memory_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After a slow test. glibc keeps what it has freed, and the next large model comes on top of that."""
+    yield
+    if request.node.get_closest_marker("slow") and sys.platform == "linux":
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture
