@@ -227,6 +227,8 @@ def _advice(error: Exception) -> str | None:
 def _died() -> int | None:
     """The signal that a worker has died of, None if all are well; one that is just dying is given a second."""
     processes = [process for workers in _workers.values() for process in workers]
-    if processes:
-        wait([process.sentinel for process in processes], timeout=1)
+    ending = wait([process.sentinel for process in processes], timeout=1) if processes else []
+    for process in processes:
+        if process.sentinel in ending:  # closed a moment before the exit code is there
+            process.join(1)
     return next((-process.exitcode for process in processes if (process.exitcode or 0) < 0), None)
