@@ -2,35 +2,25 @@
 
 Modules are converted in place, by a change of their class: what holds them, their parameters and their names stay.
 Where the zoo has a layer with the remedy built in (timm's ``VisionTransformer`` and ``Cait``), a module becomes one of
-those. Elsewhere it becomes a subclass of what it was, made here, whose forward is that of its *kind* with the remedies
-between its two halves. ``remove_remedy`` gives every module its class back.
+those. Elsewhere it becomes a subclass of what it was, made by ``converted.py``, whose forward is that of its *kind*
+with the remedies between its two halves. ``remove_remedy`` gives every module its class back.
 """
 
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from timm.layers import use_fused_attn
 from timm.models.cait import Cait
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
-from .attention import KINDS, Heads, Kind, UnsupportedAttentionError, attention_layers, kind_of
-from .remedies import (
-    REMEDIES,
-    AttentionRemedy,
-    BranchRemedy,
-    Layer,
-    LayerShape,
-    NormRemedy,
-    Remedy,
-    RemedyError,
-    attend,
-)
+from .attention import UnsupportedAttentionError, attention_layers
+from .converted import Conversion, Converted, Remedied, RemediedBlock, RemediedNorm, converted_class
+from .remedies import REMEDIES, AttentionRemedy, BranchRemedy, Layer, LayerShape, NormRemedy, Remedy, RemedyError
+from .remedies.base import state_on_meta
 from .remedies.featscale import FeatScale
 from .remedies.first_values import FirstValues
 
@@ -39,133 +29,6 @@ UNFOLDED = {folded: plain for plain, folded in FeatScale.native_attention.items(
 
 Layers = slice | Sequence[int] | str | None
 Options = Mapping[str, Any]
-
-
-@dataclass
-class Conversion:
-    """What was done to one module; its attribute ``conversion``."""
-
-    original: type[nn.Module]
-    shape: LayerShape
-    remedies: tuple[Remedy, ...] = ()
-    first_values: FirstValues | None = None
-    state: tuple[str, ...] = ()  # parameters and modules that were added
-    attributes: tuple[str, ...] = ()  # plain attributes that were added
-
-
-class Converted:
-    """Base of all classes made here. A pickle of such a module names the class that it was made from."""
-
-    original: ClassVar[type[nn.Module]]
-    conversion: Conversion
-
-    def reset_parameters(self) -> None:
-        """Start values, of the original's parameters and the remedies' (timm calls it after ``to_empty``)."""
-        if hasattr(super(), "reset_parameters"):
-            super().reset_parameters()
-        for remedy in self.conversion.remedies:
-            for name, start in remedy.new_state(self.conversion.shape).items():
-                if isinstance(start, nn.Module):
-                    getattr(self, name).load_state_dict(start.state_dict())
-                else:
-                    with torch.no_grad():
-                        getattr(self, name).copy_(start)
-
-    def __reduce__(self) -> tuple:
-        return _restore, (type(self).__mro__[1], self.original), self.__dict__.copy()
-
-
-def _restore(mixin: type[Converted], original: type[nn.Module]) -> nn.Module:
-    converted = converted_class(mixin, original)
-    return converted.__new__(converted)
-
-
-@cache
-def converted_class(mixin: type[Converted], original: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``original`` whose forward is the mixin's."""
-    attributes = dict(original=original, __module__=__name__, __doc__=original.__doc__)
-    converted = type(f"{mixin.__name__}{original.__name__}", (mixin, original), attributes)
-    if mixin is Remedied:
-        kind = type(KINDS[original])
-        KINDS[converted] = type(f"Remedied{kind.__name__}", (RemediedKind, kind), {"__module__": __name__})()
-    return converted
-
-
-class RemediedKind:
-    """What the analysis sees of a converted attention module: its kind, with the remedies on the maps."""
-
-    def applied_maps(self, attn: "Remedied", heads: Heads) -> Tensor:
-        """(B, H, Q, N), after those remedies that are maps."""
-        maps = super().applied_maps(attn, heads)
-        for remedy in attn.conversion.remedies:
-            if isinstance(remedy, AttentionRemedy) and remedy.has_maps():
-                maps = remedy.maps(attn, maps, heads)
-        return maps
-
-
-class Remedied(Converted):
-    """An attention module with remedies, between its heads or on its output."""
-
-    fused_attn: bool
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original's."""
-        kind, conversion = KINDS[type(self)], self.conversion
-        heads = kind.split(self, *args, **kwargs)
-        heads.fused = heads.fused and self.fused_attn
-        if conversion.first_values is not None:
-            heads.first_v = conversion.first_values.exchange(conversion.shape.index, heads.v)
-        remedies = conversion.remedies
-        y = attend(self, tuple(remedy for remedy in remedies if isinstance(remedy, AttentionRemedy)), heads)
-        y = kind.merge(self, y, heads)
-        for remedy in remedies:
-            if isinstance(remedy, BranchRemedy):
-                y = on_branch(remedy, self, y, kind, heads)
-        return y
-
-
-class RemediedBlock(Converted):
-    """A block of windows, whose attention branch is whole again only behind a method of its own."""
-
-    def _attn(self, x: Tensor) -> Tensor:
-        return self._with_remedies(super()._attn(x))
-
-    def _partition_attn(self, x: Tensor) -> Tensor:
-        return self._with_remedies(super()._partition_attn(x))
-
-    def _window_attn(self, x: Tensor, *args: Any) -> Tensor:
-        return self._with_remedies(super()._window_attn(x, *args))
-
-    def _with_remedies(self, y: Tensor) -> Tensor:
-        for remedy in self.conversion.remedies:
-            y = on_branch(remedy, self, y, kind_of(self.attn))
-        return y
-
-
-class RemediedNorm(Converted):
-    """A norm with a remedy in front of it."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(B, ..., C) -> the same shape."""
-        tokens = x.flatten(1, -2)
-        for remedy in self.conversion.remedies:
-            tokens = remedy.before_norm(self, tokens)
-        return super().forward(tokens.view_as(x), *args, **kwargs)
-
-
-def on_branch(remedy: BranchRemedy, module: nn.Module, y: Any, kind: Kind, heads: Heads | None = None) -> Any:
-    """A branch remedy on what an attention module returns, in whatever form; ``heads`` tell padded tokens."""
-    if isinstance(y, tuple):
-        return on_branch(remedy, module, y[0], kind, heads), *y[1:]
-    tokens = y.flatten(1, -2) if kind.channels_last else y.flatten(2).mT
-
-    def token_mean(tokens: Tensor) -> Tensor:
-        if heads is None or heads.attn_mask is None:
-            return tokens.mean(dim=1, keepdim=True)
-        return heads.token_mean(tokens.unsqueeze(1)).squeeze(1)
-
-    tokens = remedy.branch(module, tokens, token_mean)
-    return tokens.reshape(y.shape) if kind.channels_last else tokens.mT.reshape(y.shape)
 
 
 # ------------------------------------------------------------------------------------------------------------ the calls
@@ -187,7 +50,7 @@ def describe(name: str) -> dict[str, Any]:
         RemedyError: If there is no such remedy.
     """
     cls = _find_remedy(name)
-    state = cls().new_state(LayerShape(0, dim=35, num_heads=5, head_dim=7))
+    state = state_on_meta(cls, LayerShape(0, dim=35, num_heads=5, head_dim=7))
     tensors = {
         f"{key}.{inner}" if inner else key: tensor
         for key, value in state.items()
@@ -253,7 +116,7 @@ def add_remedy(
 
 def remedies_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What :func:`add_remedy` did: names with all options, plain data that ``add_remedy(other, ...)`` takes again."""
-    return {name: dict(options) for name, options in getattr(model, "remedies", {}).items()}
+    return {name: dict(options) for part in _records(model) for name, options in part.remedies.items()}
 
 
 def remedy_options(names: Sequence[str], options: Options) -> dict[str, dict[str, Any]]:
@@ -301,9 +164,15 @@ def remove_remedy(model: nn.Module) -> nn.Module:
             for name in (*conversion.state, *conversion.attributes, "conversion"):
                 delattr(module, name)
             module.__class__ = conversion.original
-    del model.remedies
-    _note_in_config(model)
+    for part in _records(model):
+        del part.remedies
+        _note_in_config(part)
     return model
+
+
+def _records(model: nn.Module) -> list[nn.Module]:
+    """The modules that :func:`add_remedy` was called with: the model itself, or what it wraps."""
+    return [part for part in model.modules() if isinstance(part.__dict__.get("remedies"), dict)]
 
 
 def _note_in_config(model: nn.Module) -> None:
@@ -375,8 +244,16 @@ def _parse(
         known = [option.name for option in dataclasses.fields(cls)]
         if unknown := own.keys() - set(known):
             raise RemedyError(f"{name} has no option {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        for option, value in own.items():
+            _check_type(f"{name}: {option}", value, getattr(cls, option))
         wanted.append((cls(**own), spec))
     return wanted
+
+
+def _check_type(option: str, value: Any, default: Any) -> None:
+    is_switch = isinstance(default, bool)
+    if isinstance(value, bool) != is_switch or not isinstance(value, bool | int | float | None):
+        raise RemedyError(f"{option}={value!r} is not {'True or False' if is_switch else 'a number'}")
 
 
 def _plain_layers(layers: Layers) -> str | list[int] | None:
@@ -459,11 +336,16 @@ class _Plan:
         if needs_first:
             layers = [layer for layer in layers if layer.shape.index > 0]
             if not layers:
-                raise RemedyError(f"{remedy.name} needs a layer after the first one, whose values it takes up")
+                raise RemedyError(
+                    f"{remedy.name} has no meaning in the first of {type(self.model).__name__}'s layers: it takes up "
+                    "that one's values in later ones"
+                )
             self.readers += layers
         for layer in layers:
             if isinstance(remedy, AttentionRemedy):
-                self._change(layer.attn, layer, Remedied).remedies.append(remedy)
+                change = self._change(layer.attn, layer, Remedied)
+                self._refuse_order(remedy, change.remedies)
+                change.remedies.append(remedy)
             elif isinstance(remedy, BranchRemedy):
                 self._add_to_branch(remedy, layer)
         if isinstance(remedy, NormRemedy):
@@ -471,6 +353,11 @@ class _Plan:
                 for norm in remedy.norms(self.model, layer, is_last=layer is self.layers[-1]):
                     self._change(norm, layer, RemediedNorm, dim=norm.weight.numel()).remedies.append(remedy)
         self.done.append((remedy, spec))
+
+    def _refuse_order(self, remedy: AttentionRemedy, earlier: list[Remedy]) -> None:
+        no_maps = [r.name for r in earlier if isinstance(r, AttentionRemedy) and not r.has_maps()]
+        if remedy.needs_maps and no_maps:
+            raise RemedyError(f"{remedy.name} acts on maps, and {no_maps[0]} leaves none: name {remedy.name} first")
 
     def carry_out(self) -> None:
         """Changes the modules."""

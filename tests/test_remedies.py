@@ -445,7 +445,7 @@ def test_the_fast_form_is_the_definition(name: str, backbone: str, monkeypatch: 
     if name in ("attnscale", "featscale"):
         set_fused(model, False)
     else:
-        monkeypatch.setattr("oversmoothing.convert.attend", by_definition)
+        monkeypatch.setattr("oversmoothing.converted.attend", by_definition)
     dense, dense_gradients = gradients_of(model, x)
     torch.testing.assert_close(output, dense, rtol=1e-10, atol=1e-12)
     assert gradients.keys() == dense_gradients.keys()

@@ -19,6 +19,7 @@ from .base import (
     Remedy,
     RemedyError,
     attend,
+    is_remedy_parameter,
     register_remedy,
     uniform_map,
 )
@@ -29,7 +30,6 @@ for _module in pkgutil.iter_modules(__path__):
 
 __all__ = [
     "REMEDIES",
-    "REMEDY_PARAMETERS",
     "AttentionRemedy",
     "AttnScaleAttention",
     "AttnScaleTalkingHeadAttn",
@@ -47,13 +47,3 @@ __all__ = [
     "register_remedy",
     "uniform_map",
 ]
-
-# Parameters and modules that some remedy adds, by the last part of their names; they are unique.
-REMEDY_PARAMETERS = frozenset(
-    name for remedy in REMEDIES.values() for name in remedy().new_state(LayerShape(0, dim=1, num_heads=1, head_dim=1))
-)
-
-
-def is_remedy_parameter(name: str) -> bool:
-    """Whether a parameter's full name (``blocks.3.attn.lamb``) is one that a remedy adds to its baseline."""
-    return not REMEDY_PARAMETERS.isdisjoint(name.split("."))

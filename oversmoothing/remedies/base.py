@@ -8,6 +8,7 @@ remedy is a frozen dataclass: its fields are its options, and an instance holds 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -79,6 +80,23 @@ class Remedy:
     def new_state(self, layer: LayerShape) -> dict[str, Tensor | nn.Module]:
         """What the remedy adds to one module, by name: start values of parameters, or whole modules."""
         return {}
+
+
+def state_on_meta(cls: type[Remedy], layer: LayerShape) -> dict[str, Tensor | nn.Module]:
+    """What a remedy adds at its default options: names and shapes, without numbers."""
+    with torch.device("meta"):
+        return cls().new_state(layer)
+
+
+@cache
+def _state_names(cls: type[Remedy]) -> frozenset[str]:
+    return frozenset(state_on_meta(cls, LayerShape(0, dim=1, num_heads=1, head_dim=1)))
+
+
+def is_remedy_parameter(name: str) -> bool:
+    """Whether a parameter's full name (``blocks.3.attn.lamb``) is one that a remedy adds to its baseline."""
+    parts = name.split(".")
+    return not all(_state_names(cls).isdisjoint(parts) for cls in REMEDIES.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +227,8 @@ def attend(attn: nn.Module, remedies: tuple[AttentionRemedy, ...], heads: Heads)
 
     Dense wherever the layer itself is, and where dropout on the maps must fall on the remedy's instead of the softmax.
     """
-    dense = not heads.fused or heads.dropout > 0 or any(remedy.needs_maps for remedy in remedies)
+    on_maps = heads.dropout > 0 and any(remedy.has_maps() for remedy in remedies)
+    dense = not heads.fused or on_maps or any(remedy.needs_maps for remedy in remedies)
     apply, maps = heads.apply, heads.maps() if dense else None
     dropped = False
     for remedy in remedies:

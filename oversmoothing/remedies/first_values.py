@@ -49,24 +49,27 @@ class FirstValues:
             RuntimeError: If they are not those of this forward pass.
         """
         v = self.v
+        if not torch.compiler.is_compiling() and _in_backward():
+            self._refuse_other_passes()
         if v is None or v.shape != shape:
             found = "missing" if v is None else f"of shape {tuple(v.shape)}, this layer's of {tuple(shape)}"
             raise RuntimeError(
                 f"the first layer's values are {found}: run the whole model, whose layers must see the same tokens"
             )
-        if not torch.compiler.is_compiling() and _in_backward():
-            if len(self.waiting) > 1:
-                raise RuntimeError(
-                    "a layer that uses the first layer's values is run again by gradient checkpointing, but several "
-                    "forward passes wait for their backward: call backward after each of them"
-                )
-            if torch.is_grad_enabled() and not self.with_grad:
-                raise RuntimeError(
-                    "a layer that uses the first layer's values needs gradient checkpointing with use_reentrant=False"
-                )
         if index == self.last_index and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
             self.v = None
         return v
+
+    def _refuse_other_passes(self) -> None:
+        if torch.is_grad_enabled() and not self.with_grad:
+            raise RuntimeError(
+                "a layer that uses the first layer's values needs gradient checkpointing with use_reentrant=False"
+            )
+        if len(self.waiting) > 1:
+            raise RuntimeError(
+                "a layer that uses the first layer's values is run again by gradient checkpointing, but several "
+                "forward passes wait for their backward: call backward after each of them"
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FirstValues":
         return FirstValues(self.last_index)

@@ -1,0 +1,500 @@
+"""``add_remedy`` on the models that people have: names, weights, what a model must still do, and what is refused."""
+
+import copy
+import io
+import json
+import pickle
+from typing import Any
+
+import pytest
+import timm
+import torch
+from architectures import ARCHITECTURES, REFUSED, build, images
+from conftest import TINY
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import models  # noqa: F401  (registers the zoo)
+import oversmoothing
+from oversmoothing import (
+    RemedyError,
+    add_remedy,
+    describe,
+    is_remedy_parameter,
+    list_remedies,
+    remedies_of,
+    remove_remedy,
+)
+from oversmoothing.attention import KINDS, attention_layers
+from oversmoothing.remedies import REMEDIES
+
+SEVERAL = ["attnscale", "featscale", "neutreno", "gated"]
+IDENTITY = [name for name in list_remedies() if name != "reattention"]
+
+
+def vit(name: str = "vit_tiny_patch16_224", **kwargs: Any) -> nn.Module:
+    return timm.create_model(name, **{**TINY, **kwargs})
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_remedy_parameter(name):
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def fits(backbone: str, name: str) -> bool:
+    try:
+        add_remedy(build(backbone), name)
+    except RemedyError:
+        return False
+    return True
+
+
+# ---- any architecture, any remedy ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("backbone", ARCHITECTURES)
+def test_every_remedy_starts_as_the_model_or_is_refused_with_a_reason(backbone: str) -> None:
+    """Logits, the gradient of every old parameter, the old state dict in its order, and the way back."""
+    model, x = build(backbone), images(backbone)
+    logits = model(x)
+    state, modules = model.state_dict(), [type(module) for module in model.modules()]
+    for name in IDENTITY:
+        try:
+            add_remedy(model, name)
+        except RemedyError as error:
+            assert name in str(error) and type(model).__name__ in str(error)
+            assert [type(module) for module in model.modules()] == modules
+            assert not remedies_of(model)
+            continue
+        torch.testing.assert_close(model(x), logits, rtol=1e-12, atol=1e-12, msg=name)
+        converted = model.state_dict()
+        assert [key for key in converted if not is_remedy_parameter(key)] == list(state)
+        assert len(converted) > len(state), name
+        remove_remedy(model)
+        assert [type(module) for module in model.modules()] == modules
+        assert list(model.state_dict()) == list(state)
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(x), logits)
+
+
+@pytest.mark.parametrize("backbone", ["deit", "dinov3_grouped", "cait", "swin", "hiera", "maxvit"])
+def test_every_parameter_of_several_remedies_learns(backbone: str) -> None:
+    names = [name for name in (*SEVERAL, "contranorm") if fits(backbone, name)]
+    model = add_remedy(build(backbone), names)
+    model(images(backbone)).square().sum().backward()
+    own = {name: p.grad for name, p in model.named_parameters() if is_remedy_parameter(name)}
+    assert len(own) >= len(names)
+    assert all(grad is not None and grad.abs().max() > 0 for grad in own.values())
+
+
+@pytest.mark.parametrize("backbone", REFUSED)
+def test_a_model_without_such_attention_is_refused(backbone: str) -> None:
+    with pytest.raises(RemedyError, match="not supported: (its maps are between channels|attention and MLP share)"):
+        add_remedy(build(backbone), "attnscale")
+
+
+# ---- names and weights -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("plain", "names", "variant"),
+    [
+        ("deit_small_12", "attnscale", "attnscale_small_12"),
+        ("deit_small_12", "featscale", "featscale_small_12"),
+        ("deit_small_12", ["featscale", "attnscale"], "attnfeatscale_small_12"),
+        ("cait_XXS24_224", "attnscale", "attnscale_cait_XXS24_224"),
+        ("cait_XXS24_224", "featscale", "featscale_cait_XXS24_224"),
+        ("cait_XXS24_224", ["attnscale", "featscale"], "attnfeatscale_cait_XXS24_224"),
+    ],
+)
+def test_a_converted_plain_model_is_the_zoos_variant(plain: str, names: str | list[str], variant: str) -> None:
+    model, zoo = randomized(add_remedy(vit(plain), names)), vit(variant)
+    assert [type(module) for module in model.modules()] == [type(module) for module in zoo.modules()]
+    zoo.load_state_dict(model.state_dict())
+    assert list(zoo.state_dict()) == list(model.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(x), zoo.eval()(x))
+
+
+def test_weights_load_both_ways() -> None:
+    plain, model = vit(), add_remedy(vit(), SEVERAL)
+    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+    assert missing and all(map(is_remedy_parameter, missing)) and not unexpected
+    missing, unexpected = plain.load_state_dict(randomized(model).state_dict(), strict=False)
+    assert unexpected and all(map(is_remedy_parameter, unexpected)) and not missing
+    again = add_remedy(vit(), remedies_of(model))
+    again.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("backbone", ["swin", "eva02"])
+def test_featscale_lives_on_the_module_that_ends_the_branch(backbone: str) -> None:
+    model = add_remedy(build(backbone), "featscale")
+    added = [name for name, _ in model.named_parameters() if is_remedy_parameter(name)]
+    stem = {"swin": "layers.0.blocks.0", "eva02": "blocks.0.attn"}[backbone]
+    assert added[:2] == [f"{stem}.lamb1", f"{stem}.lamb2"]
+
+
+@pytest.mark.parametrize(("backbone", "gain"), [("deit", 2.0), ("dinov3", 1.0), ("cait", 1.0), ("swin", 1.0)])
+def test_featscales_gain(backbone: str, gain: float) -> None:
+    assert remedies_of(add_remedy(build(backbone), "featscale"))["featscale"]["gain"] == gain
+    assert remedies_of(add_remedy(build(backbone), "featscale", gain=3.0))["featscale"]["gain"] == 3.0
+
+
+def test_featscale_on_swin_means_over_the_whole_map() -> None:
+    """Also where the map is padded to whole windows and shifted."""
+    model, plain = build("swin", img_size=24), build("swin", img_size=24)
+    randomized(add_remedy(model, "featscale"))
+    for block, plain_block in zip(model.layers[0].blocks, plain.layers[0].blocks, strict=True):
+        x = torch.randn(2, *block.input_resolution, 24, dtype=torch.float64)
+        y = plain_block._attn(x)
+        dc = y.mean(dim=(1, 2), keepdim=True)
+        torch.testing.assert_close(block._attn(x), y + block.lamb1 * dc + block.lamb2 * (y - dc))
+
+
+def test_the_model_remembers_as_plain_data() -> None:
+    model = add_remedy(vit(), {"gfsa": dict(K=3, layers=slice(1, None)), "neutreno": dict(layers=[2])})
+    record = remedies_of(model)
+    assert record == json.loads(json.dumps(record))
+    assert record["gfsa"] == dict(learnable=True, K=3, beta=0.0, layers="1:")
+    again = add_remedy(vit(), record)
+    assert list(again.state_dict()) == list(model.state_dict())
+    added = [name for name in model.state_dict() if is_remedy_parameter(name)]
+    assert added == ["blocks.1.attn.gfsa_beta", "blocks.2.attn.gfsa_beta", "blocks.2.attn.neutreno_alpha"]
+
+
+@pytest.mark.parametrize("layers", ["1:", slice(1, 3), [1, 2], (-1, -2), range(1, 3)])
+def test_layers(layers: Any) -> None:
+    model = add_remedy(vit(), "attnscale", layers=layers)
+    assert [hasattr(block.attn, "lamb") for block in model.blocks] == [False, True, True]
+
+
+def test_every_parameter_a_remedy_adds_is_known_by_its_name() -> None:
+    for name in list_remedies():
+        plain = {key for key, _ in vit().named_parameters()}
+        added = {key for key, _ in add_remedy(vit(), name).named_parameters()} - plain
+        assert added and all(map(is_remedy_parameter, added))
+        assert not any(map(is_remedy_parameter, plain))
+        last = {part for key in added for part in key.split(".")}
+        assert all(key.split(".")[0] in last for key in describe(name)["parameters"])
+
+
+def test_a_remedys_parameters_get_no_weight_decay_if_they_are_vectors() -> None:
+    from timm.optim import param_groups_weight_decay
+
+    model = add_remedy(vit(), [name for name in IDENTITY if name != "gated"])
+    exempt, _ = param_groups_weight_decay(model, 0.05)
+    assert all(any(p is q for q in exempt["params"]) for n, p in model.named_parameters() if is_remedy_parameter(n))
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("names", "kwargs", "message"),
+    [
+        ("atnscale", {}, "there is no remedy 'atnscale'; did you mean attnscale"),
+        ("dropout", {}, "there are attnscale"),
+        ([], {}, "no remedy is named"),
+        (["gfsa", "gfsa"], {}, "twice"),
+        ("gfsa", dict(k=3), "gfsa has no option k; there are"),
+        ("gfsa", dict(K="three"), "gfsa: K='three' is not a number"),
+        ("gfsa", dict(learnable=1), "is not True or False"),
+        (["gfsa", "neutreno"], dict(K=3), "of which remedy"),
+        (["gated", "reattention"], {}, "gated leaves none: name reattention first"),
+        ("gfsa", dict(layers="7:"), "chooses none of the model's 3 layers"),
+        ("gfsa", dict(layers=[3]), "indices below 3"),
+        ("gfsa", dict(layers="a:b"), "give a slice"),
+        ("neutreno", dict(layers=[0]), "no meaning in the first of VisionTransformer's layers"),
+        ("contranorm", dict(identity=True), "need a scale above 0"),
+    ],
+)
+def test_a_refusal_is_a_sentence_and_changes_nothing(names: Any, kwargs: dict, message: str) -> None:
+    model = vit()
+    before = [type(module) for module in model.modules()], list(model.state_dict()), set(vars(model))
+    with pytest.raises(RemedyError, match=message):
+        add_remedy(model, names, **kwargs)
+    assert ([type(module) for module in model.modules()], list(model.state_dict()), set(vars(model))) == before
+
+
+def test_nothing_is_changed_if_the_second_of_two_is_refused() -> None:
+    model = build("swin")
+    before = list(model.state_dict())
+    with pytest.raises(RemedyError, match="neutreno has no meaning in SwinTransformer: its layers see windows"):
+        add_remedy(model, ["gfsa", "neutreno"])
+    assert list(model.state_dict()) == before and not remedies_of(model)
+
+
+@pytest.mark.parametrize("name", ["attnscale", "gfsa"])
+def test_a_model_is_converted_once(name: str) -> None:
+    model = add_remedy(vit(), name)
+    with pytest.raises(RemedyError, match=rf"converted already \({name}\): call remove_remedy"):
+        add_remedy(model, "twicing")
+    with pytest.raises(RemedyError, match="converted already"):
+        add_remedy(nn.Sequential(model), "twicing")
+
+
+def test_a_variant_of_the_zoo_is_neither_converted_nor_unconverted() -> None:
+    with pytest.raises(RemedyError, match="attnscale built in: start from its plain baseline"):
+        add_remedy(vit("attnscale_small_12"), "gfsa")
+    with pytest.raises(RemedyError, match="no remedy that was added"):
+        remove_remedy(vit("attnscale_small_12"))
+
+
+@pytest.mark.parametrize("names", ["attnscale", "featscale", SEVERAL, "contranorm", "reattention"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_small_12", "cait_XXS24_224"])
+def test_remove_undoes_everything(name: str, names: Any) -> None:
+    model, original = vit(name), vit(name)
+    original.load_state_dict(model.state_dict())
+    remove_remedy(randomized(add_remedy(model, names)))
+    for module, other in zip(model.modules(), original.modules(), strict=True):
+        assert type(module) is type(other)
+        assert set(vars(module)) == set(vars(other))
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(x), original.eval()(x))
+
+
+# ---- what a converted model must still do ----------------------------------------------------------------------------
+ALL = [name for name in IDENTITY if name not in ("attnscale", "featscale")]
+COMBINATIONS = [ALL, ["attnscale", "featscale"], SEVERAL]
+
+
+@pytest.fixture(params=COMBINATIONS, ids="-".join)
+def converted(request: pytest.FixtureRequest) -> nn.Module:
+    return randomized(add_remedy(vit("deit_small_12"), request.param)).eval()
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_a_copy_is_a_model_of_its_own(converted: nn.Module) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    logits = converted(x)
+    copied = copy.deepcopy(converted)
+    assert torch.equal(copied(x), logits)
+    shared = {id(module.conversion.first_values) for module in converted.modules() if hasattr(module, "conversion")}
+    copies = {id(module.conversion.first_values) for module in copied.modules() if hasattr(module, "conversion")}
+    assert not (shared & copies) - {id(None)} and len(copies) == len(shared)
+    with torch.no_grad():
+        for name, parameter in copied.named_parameters():
+            if is_remedy_parameter(name):
+                parameter.zero_()
+    assert torch.equal(converted(x), logits)
+    assert not torch.equal(copied(x), logits)
+    remove_remedy(copied)
+    assert remedies_of(converted) and not remedies_of(copied)
+
+
+def test_pickles(converted: nn.Module) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    logits = converted(x)
+    again = pickle.loads(pickle.dumps(converted))
+    assert torch.equal(again(x), logits)
+    assert [type(module) for module in again.modules()] == [type(module) for module in converted.modules()]
+    buffer = io.BytesIO()
+    torch.save(dict(model=converted.state_dict(), remedies=remedies_of(converted)), buffer)
+    buffer.seek(0)
+    file = torch.load(buffer, weights_only=True)
+    loaded = add_remedy(vit("deit_small_12"), file["remedies"]).eval()
+    loaded.load_state_dict(file["model"])
+    assert torch.equal(loaded(x), logits)
+
+
+def test_meta_device() -> None:
+    with torch.device("meta"):
+        model = vit()
+    add_remedy(model, ["reattention", *SEVERAL, "contranorm"])
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    model.to_empty(device="cpu").init_weights(needs_reset=True)
+    plain = vit()
+    reference = add_remedy(vit(), ["reattention", *SEVERAL, "contranorm"]).state_dict()
+    for name, tensor in model.state_dict().items():
+        if is_remedy_parameter(name) and "reattention_matrix" not in name:
+            assert torch.equal(tensor, reference[name]), name
+    assert set(model.state_dict()) > set(plain.state_dict())
+    assert model(torch.randn(1, 3, 32, 32)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", list_remedies())
+def test_new_parameters_follow_device_and_dtype(name: str) -> None:
+    model = add_remedy(vit().to(torch.bfloat16), name)
+    added = [p for n, p in model.named_parameters() if is_remedy_parameter(n)]
+    assert added and all(p.dtype == torch.bfloat16 for p in added)
+    assert model.eval()(torch.randn(1, 3, 32, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", list_remedies())
+def test_autocast(name: str, dtype: torch.dtype) -> None:
+    model, x = randomized(add_remedy(vit(), name)).eval(), torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", dtype):
+        logits = model(x)
+    logits.square().sum().backward()
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), model(x), rtol=0.1, atol=0.1)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_gradient_checkpointing(converted: nn.Module) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    expected = gradients(converted, x)
+    converted.set_grad_checkpointing()
+    for _ in range(2):
+        for name, gradient in gradients(converted, x).items():
+            torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+def test_gradient_checkpointing_refuses_values_of_another_pass() -> None:
+    model = add_remedy(vit(), "neutreno", alpha=0.6).train()
+    first, second = torch.randn(2, 2, 3, 32, 32).unbind(0)
+    model(first)  # no backward: its graph is gone with its logits
+    gradients(model, first)
+    logits, others = model(first), model(second)  # without checkpointing nothing is run again
+    (logits + others).sum().backward()
+    model.set_grad_checkpointing()
+    gradients(model, second)
+    logits, others = model(first), model(second)
+    with pytest.raises(RuntimeError, match="several forward passes wait for their backward"):
+        logits.sum().backward()
+    del logits, others
+    gradients(model, second)
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = add_remedy(vit(), "neutreno", alpha=0.6)
+    x = torch.randn(2, 17, TINY["embed_dim"], requires_grad=True)
+    for block in model.blocks:
+        x = checkpoint(block, x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        x.sum().backward()
+
+
+def test_one_layer_alone_has_no_first_values() -> None:
+    model = add_remedy(vit(), "value_residual")
+    with pytest.raises(RuntimeError, match="first layer's values are missing"):
+        model.blocks[2](torch.randn(1, 17, TINY["embed_dim"]))
+
+
+def test_first_values_are_let_go_after_evaluation() -> None:
+    model = add_remedy(vit(), "neutreno").eval()
+    with torch.no_grad():
+        model(torch.randn(2, 3, 32, 32))
+    assert model.blocks[0].attn.conversion.first_values.v is None
+
+
+def test_torch_export(converted: nn.Module) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    logits = converted(x)
+    program = torch.export.export(converted, (x,))
+    torch.testing.assert_close(program.module()(x), logits)
+    assert torch.equal(converted(x), logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [["twicing", "neutreno", "gated"], ["exclusive", "contranorm", "featscale"]])
+def test_torch_compile_makes_one_graph(names: list[str]) -> None:
+    model, x = randomized(add_remedy(vit(depth=2), names)), torch.randn(2, 3, 32, 32)
+    expected = gradients(model, x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model.zero_grad()
+    for _ in range(2):
+        compiled(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, 2 * expected[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_forward_intermediates(converted: nn.Module) -> None:
+    x, found = torch.randn(2, 3, 32, 32), []
+    for block in converted.blocks:
+        block.register_forward_hook(lambda block, args, output: found.append(output))
+    final, intermediates = converted.forward_intermediates(x, output_fmt="NLC", return_prefix_tokens=True)
+    assert len(intermediates) == len(found) == 3
+    for (patches, prefix), output in zip(intermediates, found, strict=True):
+        assert torch.equal(torch.cat([prefix, patches], dim=1), output)
+
+
+@pytest.mark.parametrize("name", [name for name in IDENTITY if name != "contranorm"])
+def test_padded_tokens_do_not_count(name: str) -> None:
+    """An image of 2 x 3 patches, alone and in a batch padded to 16."""
+    model = randomized(add_remedy(build("naflexvit"), name))
+    size = model.embeds.proj.in_features
+    patches = torch.randn(1, 6, size, dtype=torch.float64)
+    coordinates = torch.tensor([[(row, column) for row in range(2) for column in range(3)]])
+    alone = model(dict(patches=patches, patch_coord=coordinates, patch_valid=torch.ones(1, 6, dtype=torch.bool)))
+    padded = dict(
+        patches=torch.cat([patches, torch.randn(1, 10, size, dtype=torch.float64)], dim=1),
+        patch_coord=torch.cat([coordinates, torch.zeros(1, 10, 2, dtype=torch.long)], dim=1),
+        patch_valid=torch.arange(16)[None] < 6,
+    )
+    torch.testing.assert_close(model(padded), alone)
+
+
+@pytest.mark.parametrize("name", ["centred", "gfsa", "neutreno", "shaped"])
+def test_attention_masks(name: str) -> None:
+    """The fast form under a mask is the dense one, and no token sees what is hidden from all."""
+    model = randomized(add_remedy(vit().double().eval(), name))
+    mask = torch.rand(17, 17, generator=torch.Generator().manual_seed(0)) > 0.3
+    mask.fill_diagonal_(True)
+    mask[:, 9] = mask[9] = False
+    mask[9, 9] = True
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    fused = model(x, attn_mask=mask)
+    dense = oversmoothing.set_fused(model, False)(x, attn_mask=mask)
+    torch.testing.assert_close(fused, dense)
+
+
+def test_the_analysis_sees_the_remedies_in_the_maps() -> None:
+    model = randomized(add_remedy(vit().double().eval(), ["gfsa", "centred"]))
+    attn, x = model.blocks[1].attn, torch.randn(2, 17, TINY["embed_dim"], dtype=torch.float64)
+    [layer] = [layer for layer in attention_layers(model) if layer.attn is attn]
+    heads = layer.kind.split(attn, x)
+    maps = layer.kind.applied_maps(attn, heads)
+    torch.testing.assert_close(layer.kind.merge(attn, maps @ heads.v, heads), attn(x))
+    assert not torch.allclose(maps, heads.maps())
+
+
+def test_a_parametrised_module_stays_converted() -> None:
+    model = randomized(add_remedy(vit(), "gfsa")).eval()
+    x = torch.randn(1, 3, 32, 32)
+    logits = model(x)
+
+    class Same(nn.Module):
+        def forward(self, value: Tensor) -> Tensor:
+            return value
+
+    parametrize.register_parametrization(model.blocks[0].attn, "gfsa_beta", Same())
+    assert torch.equal(model(x), logits)
+
+
+def test_a_remedy_of_ones_own_is_known_everywhere_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import dataclass
+
+    from oversmoothing.remedies import AttentionRemedy, register_remedy
+
+    monkeypatch.setattr("oversmoothing.remedies.base.REMEDIES", REMEDIES)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Gain(AttentionRemedy):
+        name, formula, source, cost = "gain", "(1 + g) y", "a test", "one pass"
+        per_head = ("g",)
+        g: float = 0.0
+
+        def wrap(self, attn: nn.Module, apply: Any, heads: Any) -> Any:
+            (g,) = self.weights(attn, heads.v)
+            return lambda v: (1 + g) * apply(v)
+
+    monkeypatch.setitem(REMEDIES, "gain", Gain)
+    assert register_remedy(Gain) is Gain and "gain" in list_remedies()
+    model = add_remedy(vit(), "gain")
+    assert model.blocks[0].attn.gain_g.shape == (3,)
+    assert is_remedy_parameter("blocks.0.attn.gain_g")
+
+
+def test_every_class_of_the_architectures_is_convertible() -> None:
+    """No kind is left without a model in which at least one remedy works."""
+    kinds = {type(layer.kind) for name in ARCHITECTURES for layer in attention_layers(build(name))}
+    assert {type(kind) for cls, kind in KINDS.items() if cls.__module__.startswith("timm.")} <= kinds
