@@ -65,7 +65,7 @@ def describe(name: str) -> dict[str, Any]:
         cost=cls.cost,
         options=dataclasses.asdict(cls()),
         published=dict(cls.published),
-        parameters={key: f"({', '.join(letters[size] for size in t.shape)},)" for key, t in tensors.items()},
+        parameters={key: str(tuple(letters[size] for size in t.shape)).replace("'", "") for key, t in tensors.items()},
     )
 
 
@@ -337,8 +337,8 @@ class _Plan:
             layers = [layer for layer in layers if layer.shape.index > 0]
             if not layers:
                 raise RemedyError(
-                    f"{remedy.name} has no meaning in the first of {type(self.model).__name__}'s layers: it takes up "
-                    "that one's values in later ones"
+                    f"{remedy.name} has no meaning in {type(self.model).__name__}: of its layers only the first is "
+                    "chosen, whose values later ones take up"
                 )
             self.readers += layers
         for layer in layers:

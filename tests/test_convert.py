@@ -3,14 +3,16 @@
 import copy
 import io
 import json
+import os
 import pickle
 from typing import Any
 
 import pytest
 import timm
 import torch
-from architectures import ARCHITECTURES, REFUSED, build, images
+from architectures import ARCHITECTURES, REFUSED, TRANSFORMERS, build, build_transformers, images
 from conftest import TINY
+from runs import ROOT
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -45,44 +47,100 @@ def randomized(model: nn.Module) -> nn.Module:
     return model
 
 
-def fits(backbone: str, name: str) -> bool:
+def any_model(backbone: str) -> nn.Module:
+    return build_transformers(backbone) if backbone in TRANSFORMERS else build(backbone)
+
+
+def refusal(model: nn.Module, name: str) -> str | None:
+    """Why a remedy does not fit; None where it does. The model is as it was."""
     try:
-        add_remedy(build(backbone), name)
-    except RemedyError:
-        return False
-    return True
+        remove_remedy(add_remedy(model, name))
+    except RemedyError as error:
+        return str(error)
+    return None
+
+
+def result(model: nn.Module, x: Tensor) -> Tensor:
+    output = model(x)
+    return output if isinstance(output, Tensor) else output[0]  # transformers: logits, or the last hidden state
 
 
 # ---- any architecture, any remedy ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("backbone", ARCHITECTURES)
+@pytest.mark.parametrize("backbone", [*ARCHITECTURES, *TRANSFORMERS])
 def test_every_remedy_starts_as_the_model_or_is_refused_with_a_reason(backbone: str) -> None:
-    """Logits, the gradient of every old parameter, the old state dict in its order, and the way back."""
-    model, x = build(backbone), images(backbone)
-    logits = model(x)
+    """Also the old state dict in its order, and the way back to the last bit."""
+    model, x = any_model(backbone), images(backbone)
+    expected = result(model, x)
     state, modules = model.state_dict(), [type(module) for module in model.modules()]
-    for name in IDENTITY:
-        try:
-            add_remedy(model, name)
-        except RemedyError as error:
-            assert name in str(error) and type(model).__name__ in str(error)
-            assert [type(module) for module in model.modules()] == modules
-            assert not remedies_of(model)
-            continue
-        torch.testing.assert_close(model(x), logits, rtol=1e-12, atol=1e-12, msg=name)
-        converted = model.state_dict()
-        assert [key for key in converted if not is_remedy_parameter(key)] == list(state)
-        assert len(converted) > len(state), name
-        remove_remedy(model)
+    for name in list_remedies():
+        if reason := refusal(model, name):
+            assert name in reason and type(model).__name__ in reason
+        else:
+            output = result(add_remedy(model, name), x)
+            if name in IDENTITY:
+                torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12, msg=name)
+            assert output.isfinite().all()
+            converted = list(model.state_dict())
+            assert [key for key in converted if not is_remedy_parameter(key)] == list(state)
+            assert len(converted) > len(state), name
+            remove_remedy(model)
         assert [type(module) for module in model.modules()] == modules
-        assert list(model.state_dict()) == list(state)
-        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert torch.equal(model(x), logits)
+        assert list(model.state_dict()) == list(state) and not remedies_of(model)
+    assert torch.equal(result(model, x), expected)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def families_table() -> str:
+    """Markdown: a row a model, a column a remedy, the reasons of refusals below."""
+    names, reasons = list_remedies(), {}
+    lines = ["| model | " + " | ".join(f"`{name}`" for name in names) + " |", "| --- |" + " :-: |" * len(names)]
+    for backbone in (*ARCHITECTURES, *TRANSFORMERS, *REFUSED):
+        model = any_model(backbone)
+        label = ARCHITECTURES.get(backbone, REFUSED.get(backbone, [None]))[0]
+        label = label if isinstance(label, str) else type(model).__name__
+        if backbone.endswith(("_norms", "_rotary", "_grouped", "_shared_bias", "_linear", "_scaling")):
+            label += f", {backbone.partition('_')[2].replace('_', ' ')}"
+        cells = []
+        for name in names:
+            if (reason := refusal(model, name)) is None:
+                cells.append("yes")
+            else:
+                text = (reason.partition(" is not supported: ")[2] or reason.partition(": ")[2]).partition(".")[0]
+                cells.append(f"[{reasons.setdefault(text, len(reasons) + 1)}]")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *(f"{number}. {text}" for text, number in reasons.items())])
+
+
+def remedies_table() -> str:
+    """Markdown: what the classes say of themselves."""
+    lines = ["| name | the branch becomes | learns | published | costs | source |", "| --- " * 6 + "|"]
+    for remedy in map(describe, list_remedies()):
+        learns = ", ".join(f"`{name}` {shape}" for name, shape in remedy["parameters"].items())
+        published = ", ".join(f"{key}={value}" for key, value in remedy["published"].items()) or "as it is"
+        formula = remedy["formula"].replace("|", "\\|")
+        cells = [f"`{remedy['name']}`", formula, learns, published, remedy["cost"], remedy["source"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("name", ["remedies", "families"])
+def test_the_pages_tables_are_true(name: str) -> None:
+    """With UPDATE_DOCS=1 in the environment they are written anew."""
+    page = ROOT / "docs" / "remedies.md"
+    made = {"remedies": remedies_table, "families": families_table}[name]()
+    head, start, rest = page.read_text().partition(f"<!-- {name}: made by tests/test_convert.py -->\n")
+    written, end, tail = rest.partition("<!-- end -->")
+    if os.environ.get("UPDATE_DOCS"):
+        page.write_text(f"{head}{start}\n{made}\n\n{end}{tail}")
+    else:
+        assert written.strip() == made, "write it anew: UPDATE_DOCS=1 pytest tests/test_convert.py -k tables"
 
 
 @pytest.mark.parametrize("backbone", ["deit", "dinov3_grouped", "cait", "swin", "hiera", "maxvit"])
 def test_every_parameter_of_several_remedies_learns(backbone: str) -> None:
-    names = [name for name in (*SEVERAL, "contranorm") if fits(backbone, name)]
-    model = add_remedy(build(backbone), names)
+    model = build(backbone)
+    names = [name for name in (*SEVERAL, "contranorm") if refusal(model, name) is None]
+    add_remedy(model, names)
     model(images(backbone)).square().sum().backward()
     own = {name: p.grad for name, p in model.named_parameters() if is_remedy_parameter(name)}
     assert len(own) >= len(names)
@@ -204,7 +262,7 @@ def test_a_remedys_parameters_get_no_weight_decay_if_they_are_vectors() -> None:
         ("gfsa", dict(layers="7:"), "chooses none of the model's 3 layers"),
         ("gfsa", dict(layers=[3]), "indices below 3"),
         ("gfsa", dict(layers="a:b"), "give a slice"),
-        ("neutreno", dict(layers=[0]), "no meaning in the first of VisionTransformer's layers"),
+        ("neutreno", dict(layers=[0]), "of its layers only the first is chosen"),
         ("contranorm", dict(identity=True), "need a scale above 0"),
     ],
 )
