@@ -409,7 +409,7 @@ class _Plan:
 def _convert(change: _Change, state: Mapping[str, nn.Parameter | nn.Module]) -> None:
     module, original = change.module, type(change.module)
     attributes: dict[str, Any] = {}
-    if change.mixin is Remedied or change.native:
+    if change.mixin in (Remedied, RemediedNorm) or change.native:
         attributes |= {} if hasattr(module, "fused_attn") else {"fused_attn": use_fused_attn()}
     if change.native:
         attributes |= {k: v for remedy in change.remedies for k, v in remedy.native_attributes().items()}

@@ -213,11 +213,15 @@ class NormOnly(nn.Module):
         return self.norm1(x)
 
 
+@pytest.mark.parametrize("form", ["mixing", "attention", "definition"])
 @pytest.mark.parametrize("variant", CONTRANORM)
-def test_contranorm(variant: str) -> None:
+def test_contranorm(variant: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if form == "attention":
+        monkeypatch.setattr("oversmoothing.remedies.contranorm.can_mix", lambda x, tau: False)
     golden = Golden(f"contranorm_{variant}")
     model = nn.Sequential(NormOnly())
     add_remedy(model, "contranorm", scale=0.2, **CONTRANORM[variant])
+    set_fused(model, form != "definition")
     norm = model[0].norm1
     ours = {"layernorm.weight": norm.weight, "layernorm.bias": norm.bias}
     if "scale_param" in golden.parameters():
@@ -454,14 +458,18 @@ def test_the_fast_form_is_the_definition(name: str, backbone: str, monkeypatch: 
         torch.testing.assert_close(gradient, dense_gradients[key], rtol=1e-8, atol=1e-10, msg=key)
 
 
-def test_contranorm_is_its_definition() -> None:
-    model, x = randomized(add_remedy(build("swin"), "contranorm")), torch.randn(2, 4, 4, 24)
-    norm = model.layers[0].blocks[0].norm1
-    tokens = x.flatten(1, 2)
-    n = tokens / tokens.norm(dim=-1, keepdim=True)
-    z = (n @ n.mT).softmax(dim=-1) @ tokens
-    moved = (tokens - norm.contranorm_scale * z).view_as(x)
-    torch.testing.assert_close(norm(x), nn.functional.layer_norm(moved, (24,), norm.weight, norm.bias, norm.eps))
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_contranorms_fast_forms_are_its_definition(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Including more tokens than channels, and maps (B, H, W, C)."""
+    model, x = randomized(add_remedy(build(backbone), "contranorm")), images(backbone)
+    mixing = gradients_of(model, x)
+    monkeypatch.setattr("oversmoothing.remedies.contranorm.can_mix", lambda x, tau: False)
+    attention = gradients_of(model, x)
+    definition = gradients_of(set_fused(model, False), x)
+    for output, gradients in (mixing, attention):
+        torch.testing.assert_close(output, definition[0], rtol=1e-10, atol=1e-12)
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(gradient, definition[1][key], rtol=1e-8, atol=1e-10, msg=key)
 
 
 @pytest.mark.parametrize("name", MAPS)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.models import eva, naflexvit, swin_transformer_v2, swin_transformer_v2_cr, vision_transformer
 from torch import Tensor, nn
 
+from ..fused.contranorm import ContraMixing, can_mix
 from .base import Layer, LayerShape, NormRemedy, RemedyError, register_remedy
 
 POST_NORM = (
@@ -33,7 +34,7 @@ class ContraNorm(NormRemedy):
     name = "contranorm"
     formula = "norm(x - s softmax(n n^T / tau) x), n = x / |x|"
     source = "arXiv 2303.06562, ICLR 2023"
-    cost = "a fused attention with one head of width C in each norm"
+    cost = "attention with one head of width C in each norm, without maps kept"
     published = dict(scale=0.01, learnable=False)
 
     scale: float = 0.0
@@ -64,17 +65,22 @@ class ContraNorm(NormRemedy):
         return {"contranorm_scale": start.log() if self.positive else start} if self.learnable else {}
 
     def before_norm(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """One or two fused attention calls in place of the N x N similarities."""
+        """Fused: by :class:`ContraMixing`, or one or two fused attention calls, without N x N similarities kept."""
+        s = norm.contranorm_scale.to(x.dtype) if self.learnable else x.new_full((x.shape[-1],), self.scale)
+        s = s.exp() if self.positive and self.learnable else s
+        if norm.fused_attn and can_mix(x, self.tau) and not (self.dual or self.pre or self.identity):
+            return ContraMixing.apply(x, s, self.tau)
         n = F.normalize(x, dim=-1)
         x = n if self.pre else x
-        z = self._mix(n, x)
-        s: Tensor | float = self.scale
-        if self.learnable:
-            s = norm.contranorm_scale.to(x.dtype)
-            s = s.exp() if self.positive else s
+        z = self._mix(n, x) if norm.fused_attn else self.similarities(n) @ x
         if self.identity:
             return (s if self.learnable else 1 + s) * x - s * z
         return x - s * z
+
+    def similarities(self, n: Tensor) -> Tensor:
+        """The definition: what mixes the tokens, (B, N, N)."""
+        scores = n @ n.mT / self.tau
+        return scores.softmax(dim=-1) + scores.softmax(dim=-2) if self.dual else scores.softmax(dim=-1)
 
     def _mix(self, n: Tensor, x: Tensor) -> Tensor:
         n, x = n.unsqueeze(1), x.unsqueeze(1)  # one head
