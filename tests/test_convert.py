@@ -13,7 +13,7 @@ import torch
 from architectures import ARCHITECTURES, REFUSED, TRANSFORMERS, build, build_transformers, images
 from conftest import TINY
 from runs import ROOT
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.utils import parametrize
 
 import models  # noqa: F401  (registers the zoo)
@@ -393,6 +393,21 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
     assert logits.dtype == dtype
     torch.testing.assert_close(logits.float(), model(x), rtol=0.1, atol=0.1)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_distributed_data_parallel(converted: nn.Module) -> None:
+    """Every parameter takes part in every step: otherwise the second one raises."""
+    x = torch.randn(2, 3, 32, 32)
+    expected = gradients(converted, x)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(converted)
+        for _ in range(2):
+            found = gradients(parallel, x)
+    finally:
+        distributed.destroy_process_group()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[f"module.{name}"], gradient, msg=name)
 
 
 def test_gradient_checkpointing(converted: nn.Module) -> None:
