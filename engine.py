@@ -71,6 +71,7 @@ def train_one_epoch(
     start_step: int = 0,
     print_freq: int = 10,
     seed_step: Callable[[int], None] = lambda step: None,
+    set_rate: Callable[[int], None] = lambda optimizer_step: None,
     after_step: Callable[[int], None] = lambda steps_done: None,
 ) -> dict[str, float]:
     """Trains over ``loader`` once.
@@ -83,6 +84,7 @@ def train_one_epoch(
         start_step: Batches of this epoch that an earlier process has done.
         print_freq: Batches between console lines; only there does the host wait for the device.
         seed_step: Called with the batch's number before its random draws (erasing, mixup, dropout, drop-path).
+        set_rate: Called with the number of the optimizer step before its first batch; sets the learning rate.
         after_step: Called with the number of batches done after each optimizer step; may save or raise.
 
     Returns:
@@ -104,6 +106,8 @@ def train_one_epoch(
         targets = targets.to(trainer.device, non_blocking=True)
         group_start = step - step % trainer.grad_accum  # the last group of an epoch may be smaller
         group_end = min(group_start + trainer.grad_accum - 1, last)
+        if step == group_start:
+            set_rate(step // trainer.grad_accum)
         loss = forward_backward(trainer, images, targets, sync=step == group_end, parts=group_end - group_start + 1)
         if step == group_end:
             optimizer_step(trainer)

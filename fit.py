@@ -1,4 +1,4 @@
-"""The loop over epochs: set the rate, train, evaluate, log, save; and what a signal or ``--checkpoint-steps`` adds."""
+"""The loop over epochs: train, evaluate, log, save; and what a signal or ``--checkpoint-steps`` adds."""
 
 import argparse
 import logging
@@ -38,16 +38,15 @@ def fit(
     world: World,
     about: list[str] | None = None,
 ) -> None:
-    """Trains from ``start`` to ``--epochs``: set the learning rate, train one epoch, evaluate, log, save.
+    """Trains from ``start`` to ``--epochs``: train one epoch at the plan's learning rates, evaluate, log, save.
 
     ``about`` are lines on the run, its environment and its model, for TensorBoard's text page.
     """
     loader_train, loader_val = loaders.train, loaders.val
-    lr = optim.scaled_lr(args, world.world_size)
-    plan = optim.lr_plan(args, lr)
+    plan = optim.LRPlan(args, world.world_size, math.ceil(len(loader_train) / args.grad_accum))
     effective = loader_train.batch_size * args.grad_accum * world.world_size
     _logger.info(f"effective batch: {effective} images; {len(loader_train)} batches an epoch on each process")
-    _logger.info(optim.describe_plan(args, lr, plan, world.world_size))
+    _logger.info(optim.describe_plan(args, plan, world.world_size))
     if args.layer_decay is not None:
         _logger.info(optim.describe_layer_decay(trainer.optimizer))
     if start.epoch >= args.epochs:
@@ -68,7 +67,6 @@ def fit(
     for epoch in range(start.epoch, args.epochs):
         first_step, sums = (start.step, start.meters) if epoch == start.epoch else (0, None)
         meters = utils.Meters(world.device, sums)
-        optim.set_lr(trainer.optimizer, plan[epoch])
         loader_train.sampler.set_epoch(epoch, start=first_step * loader_train.batch_size)
         steps = first_step + len(loader_train)
         epoch_began = time.time()
@@ -80,6 +78,7 @@ def fit(
             start_step=first_step,
             print_freq=args.print_freq,
             seed_step=partial(utils.seed_everything, args.seed, world.rank, epoch),
+            set_rate=partial(set_rate, trainer, plan, epoch),
             after_step=partial(save_or_stop, args, saver, stop, epoch, meters),
         )
         images = len(loader_train) * loader_train.batch_size * world.world_size
@@ -124,6 +123,11 @@ def check_images(start: Start, loader_train: DataLoader, world: World) -> tuple[
         _logger.warning(f"epoch {start.epoch} begins again: its first {start.step} batches were of other images")
         start = replace(start, step=0, meters=None)
     return start, data
+
+
+def set_rate(trainer: engine.Trainer, plan: optim.LRPlan, epoch: int, step: int) -> None:
+    """Puts the plan's rate for optimizer step ``step`` of ``epoch`` into force."""
+    optim.set_lr(trainer.optimizer, plan(epoch, step))
 
 
 def open_recorder(

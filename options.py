@@ -261,12 +261,13 @@ def _optimizer(parser: argparse.ArgumentParser) -> None:
 
 
 def _learning_rate(parser: argparse.ArgumentParser) -> None:
-    """The learning rate of every epoch."""
+    """The learning rate of every step."""
     group = _Group(
         parser,
         "learning rate",
         "Set once an epoch: epoch 0 runs at --warmup-lr, epoch e > 0 at the schedule's "
-        "value for e - 1, as in the paper's runs. The whole plan is printed at the start.",
+        "value for e - 1, as in the paper's runs; with --sched-on-updates the same of steps. "
+        "The plan is printed at the start.",
     )
     group.add(
         "--lr",
@@ -285,10 +286,20 @@ def _learning_rate(parser: argparse.ArgumentParser) -> None:
     )
     group.add("--sched", default="cosine", type=str, metavar="NAME", help=f"one of {', '.join(SCHEDULES)}")
     group.add(
+        "--sched-on-updates",
+        action="store_true",
+        help="set the rate at every optimizer step, not once an epoch (Swin's recipe)",
+    )
+    group.add(
         "--warmup-epochs", type=int, default=5, metavar="N", help="epochs of linear warm-up, if the schedule has one"
     )
-    group.add("--warmup-lr", type=float, default=1e-6, metavar="LR", help="where the warm-up starts (not scaled)")
-    group.add("--min-lr", type=float, default=1e-5, metavar="LR", help="where the cosine ends (not scaled)")
+    group.add("--warmup-lr", type=float, default=1e-6, metavar="LR", help="where the warm-up starts")
+    group.add("--min-lr", type=float, default=1e-5, metavar="LR", help="where the cosine ends")
+    group.add(
+        "--scale-min-lr",
+        action="store_true",
+        help="scale --min-lr and --warmup-lr with the batch, as --lr is (Swin's recipe)",
+    )
     group.add("--decay-epochs", type=float, default=30, metavar="N", help="interval of step schedules; cosine has none")
     group.add("--decay-rate", "--dr", type=float, default=0.1, metavar="RATE", help="factor of step schedules")
     group.add(

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -299,9 +300,30 @@ def test_a_run_with_layer_decay_resumes_exactly_and_logs_the_heads_rate(data: Pa
     assert "Epoch: [1]" in call_main(*flags(data, tmp_path / "parts", *words, "--auto_reload")).stdout
     torch.testing.assert_close(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
     args = parse(*flags(data, None, *words))
-    plan = optim.lr_plan(args, optim.scaled_lr(args, 1))
+    plan = optim.LRPlan(args, world_size=1)
     rates = [line["train_lr"] for line in EpochLog.read(tmp_path / "parts" / "log.txt")]
-    assert rates == pytest.approx(plan) and plan[0] > 0
+    assert rates == pytest.approx([plan(epoch) for epoch in range(args.epochs)]) and plan(0) > 0
+
+
+def test_a_run_with_a_rate_for_each_step_resumes_exactly_within_an_epoch(data: Path, tmp_path: Path) -> None:
+    """Three optimizer steps an epoch, of two, two and one batches; the last checkpoint but one is after the second."""
+    words = ("--sched-on-updates", "--scale-min-lr", "--epochs", "2", "--lr", "0.5", "--warmup-epochs", "1")
+    words += ("--batch-size", "2", "--grad-accum", "2", "--checkpoint-steps", "2", "--no-model-ema")
+    data = tiny_tree(tmp_path / "data", train=10)
+    printed = call_main(*flags(data, tmp_path / "whole", *words)).stdout
+    assert "LR at the first step of epoch: 0: " in printed and "--min-lr and --warmup-lr scaled likewise" in printed
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    (tmp_path / "parts" / "checkpoint.pth").unlink()
+    saved = read_checkpoint(tmp_path / "parts" / "checkpoint_prev.pth")
+    assert (saved["epoch"], saved["step"]) == (0, 4)
+    assert "Epoch: [1]  [4/5]" in call_main(*flags(data, tmp_path / "parts", *words, "--auto_reload")).stdout
+    torch.testing.assert_close(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
+    logs = [EpochLog.read(tmp_path / name / "log.txt") for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+    plan = optim.LRPlan(parse(*flags(data, None, *words)), world_size=1, steps_per_epoch=3)
+    means = [(2 * plan(epoch, 0) + 2 * plan(epoch, 1) + plan(epoch, 2)) / 5 for epoch in (0, 1)]
+    assert [line["train_lr"] for line in logs[0]] == pytest.approx(means)
+    assert plan(1, 0) == pytest.approx(0.5 * 4 / 512 * 2 / 3, rel=1e-3), "the warm-up has three steps"
 
 
 def test_a_plain_training_state_given_to_a_variant_is_a_fine_tune(trained: Path, data: Path, tmp_path: Path) -> None:

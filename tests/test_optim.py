@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from conftest import golden_json
+from timm.scheduler import CosineLRScheduler
 
 import models  # noqa: F401  (registers the zoo)
 import optim
@@ -23,9 +24,37 @@ def parse(argv: str):
 def test_learning_rates_equal_the_reference_in_every_epoch() -> None:
     for name, record in golden_json("lr_schedule.json").items():
         args = parse(record["argv"])
-        lr = optim.scaled_lr(args, record["world_size"])
-        assert lr == pytest.approx(record["scaled_lr"], rel=1e-12), name
-        assert optim.lr_plan(args, lr) == pytest.approx(record["lr_per_epoch"], rel=1e-12), name
+        assert optim.scaled_lr(args, record["world_size"]) == pytest.approx(record["scaled_lr"], rel=1e-12), name
+        plan = optim.LRPlan(args, record["world_size"])
+        assert [plan(epoch) for epoch in range(args.epochs)] == pytest.approx(record["lr_per_epoch"], rel=1e-12), name
+        assert plan(1, 7) == plan(1, 0), "the rate changes within an epoch"
+
+
+def test_learning_rates_of_steps_equal_timms_schedule_moved_after_each_step() -> None:
+    """In any order: a run that is resumed within an epoch asks for those of its own steps alone."""
+    words = "--lr 2e-3 --warmup-lr 1e-6 --min-lr 1e-5 --warmup-epochs 2 --epochs 6 --batch-size 64 --grad-accum 2"
+    args = parse(f"{words} --sched-on-updates")
+    steps_per_epoch = 5
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3 * 2)
+    scheduler = CosineLRScheduler(
+        optimizer, t_initial=30, lr_min=1e-5, warmup_t=10, warmup_lr_init=1e-6, t_in_epochs=False
+    )
+    expected = []
+    for step in range(args.epochs * steps_per_epoch):
+        expected.append(optimizer.param_groups[0]["lr"])
+        scheduler.step_update(step)
+    plan = optim.LRPlan(args, 8, steps_per_epoch)
+    for step in reversed(range(len(expected))):
+        assert plan(*divmod(step, steps_per_epoch)) == expected[step], step
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_the_bounds_of_the_rate_grow_with_the_batch_where_asked(processes: int) -> None:
+    words = "--batch-size 256 --warmup-lr 5e-7 --min-lr 5e-6 --warmup-epochs 3 --epochs 2000"
+    for flag, factor in (("", 1), ("--scale-min-lr", processes / 2)):
+        plan = optim.LRPlan(parse(f"{words} {flag}"), processes)
+        assert plan(0) == pytest.approx(5e-7 * factor) and plan(1999) == pytest.approx(5e-6 * factor, rel=1e-2)
+        assert plan(4) == pytest.approx(5e-4 * processes / 2, rel=1e-3)
 
 
 def test_parameter_groups_equal_the_reference() -> None:
@@ -58,9 +87,14 @@ def test_the_rate_grows_with_the_effective_batch() -> None:
 
 def test_the_plan_is_described_with_its_turning_points() -> None:
     args = parse("--epochs 10 --batch-size 512")
-    plan = optim.lr_plan(args, 1e-3)
-    text = optim.describe_plan(args, 1e-3, plan, 2)
-    assert "base 0.001" in text and f"9: {plan[9]:.4g}" in text
+    plan = optim.LRPlan(args, 2)
+    text = optim.describe_plan(args, plan, 2)
+    assert "base 0.001" in text and f"LR by epoch: 0: {plan(0):.4g}" in text and f"9: {plan(9):.4g}" in text
+    args = parse("--epochs 10 --batch-size 512 --sched-on-updates --scale-min-lr")
+    plan = optim.LRPlan(args, 2, steps_per_epoch=7)
+    text = optim.describe_plan(args, plan, 2)
+    assert f"LR at the first step of epoch: 0: {plan(0):.4g}" in text and f"9: {plan(9):.4g}" in text
+    assert "--min-lr and --warmup-lr scaled likewise" in text
 
 
 def layer_of(name: str) -> int:
