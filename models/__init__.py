@@ -10,11 +10,11 @@ How to add a backbone: one file beside ``deit.py`` with a size table, the table 
 call of ``register_variants`` with timm's model class; then import it here.
 """
 
-from . import cait, deit
+from . import cait, deit, swin
 
-__all__ = ["cait", "deit", "list_models"]
+__all__ = ["cait", "deit", "list_models", "swin"]
 
 
 def list_models() -> list[str]:
     """Names of this zoo, smallest first within a family."""
-    return [name for module in (deit, cait) for name in module.default_cfgs]
+    return [name for module in (deit, cait, swin) for name in module.default_cfgs]

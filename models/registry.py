@@ -1,7 +1,9 @@
 """Registers a table of model variants with timm: a variant is one row, name, remedy, size and resolution."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -17,13 +19,14 @@ PAPER = ("arXiv:2203.05962", "Anti-Oversmoothing in Deep Vision Transformers via
 Variants = dict[str, tuple[dict, dict, int]]
 
 
-def data_configs(variants: Variants, crop_pct: float, paper: tuple[str, str]) -> dict:
+def data_configs(variants: Variants, crop_pct: float, paper: tuple[str, str], **more: Any) -> dict:
     """timm's ``default_cfgs`` of a backbone.
 
     Args:
         variants: The backbone's table.
         crop_pct: Share of the resized image that evaluation keeps; 224 / 256 on DeiT, 1 on CaiT.
         paper: The backbone's, identifier and title; a remedy's rows get the remedies' paper before it.
+        **more: What else the backbone's entries say, for example another name of its ``classifier``.
     """
     common = dict(
         num_classes=1000,
@@ -37,6 +40,7 @@ def data_configs(variants: Variants, crop_pct: float, paper: tuple[str, str]) ->
         classifier="head",
         license="mit",
     )
+    common |= more
     configs = {}
     for name, (remedy, _, pixels) in variants.items():
         ids, titles = zip(*([PAPER, paper] if remedy else [paper]), strict=True)
@@ -46,7 +50,11 @@ def data_configs(variants: Variants, crop_pct: float, paper: tuple[str, str]) ->
 
 
 def register_variants(
-    module_name: str, variants: Variants, model_class: type[nn.Module], checkpoint_filter_fn: Callable
+    module_name: str,
+    variants: Variants,
+    model_class: type[nn.Module],
+    checkpoint_filter_fn: Callable,
+    feature_cfg: Mapping[str, Any] = MappingProxyType(dict(out_indices=3, feature_cls="getter")),
 ) -> None:
     """Makes a timm entry point of each row of ``variants`` and binds it in the backbone's module under its name.
 
@@ -55,16 +63,21 @@ def register_variants(
         variants: The backbone's table.
         model_class: timm's model class, or one derived from it.
         checkpoint_filter_fn: timm's adapter of pre-trained state dicts to that class.
+        feature_cfg: How timm's ``features_only`` gets at the features.
     """
     module = sys.modules[module_name]
     for name, (remedy, size, _) in variants.items():
-        entry_point = _entry_point(name, {**remedy, **size}, model_class, checkpoint_filter_fn)
+        entry_point = _entry_point(name, {**remedy, **size}, model_class, checkpoint_filter_fn, feature_cfg)
         entry_point.__module__ = module_name
         setattr(module, name, register_model(entry_point))
 
 
 def _entry_point(
-    name: str, defaults: dict, model_class: type[nn.Module], checkpoint_filter_fn: Callable
+    name: str,
+    defaults: dict,
+    model_class: type[nn.Module],
+    checkpoint_filter_fn: Callable,
+    feature_cfg: Mapping[str, Any],
 ) -> Callable[..., nn.Module]:
     def entry_point(pretrained: bool = False, fused: bool | None = None, **kwargs) -> nn.Module:
         if pretrained:
@@ -75,7 +88,7 @@ def _entry_point(
             name,
             pretrained,
             pretrained_filter_fn=published.strict(checkpoint_filter_fn),
-            feature_cfg=dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter"),
+            feature_cfg={**feature_cfg, "out_indices": kwargs.pop("out_indices", feature_cfg["out_indices"])},
             **{**defaults, **kwargs},
         )
         published.forget_state_dict(model)

@@ -6,14 +6,16 @@ import re
 from collections.abc import Callable, Collection, Mapping
 
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor, nn
 
+from .names import timm_names
 from .read import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 CLASSIFIERS = ("head", "head.fc", "fc", "classifier")  # as timm's models name them; Swin's is head.fc
+TABLE = "relative_position_bias_table"  # Swin's and its heirs'
 
 
 def load_weights(
@@ -26,13 +28,16 @@ def load_weights(
 ) -> list[str]:
     """Loads weights and accounts for every name: strictly, but for the exceptions named here, in one log line.
 
+    Files of Swin's own code are taken under timm's names: see :func:`timm_names`.
+
     Args:
         model: The bare model; unchanged if this raises.
         state_dict: ``read_checkpoint(...)["model"]``.
         source: Where it came from, for messages.
         may_be_missing: Says of a parameter's name whether it may keep its initial value (the remedies' ``lamb*``).
         finetune: As DeiT's fine-tuning does, leave out a classifier with another number of classes, interpolate
-            ``pos_embed`` to the model's grid, and leave out the distillation token and head if the model has none.
+            ``pos_embed`` to the model's grid and Swin's tables of relative positions to its windows, and leave out the
+            distillation token and head if the model has none.
 
     Returns:
         Names that kept their initial values.
@@ -41,7 +46,8 @@ def load_weights(
         CheckpointError: With the names that are missing, unexpected or of another shape.
     """
     wanted = model.state_dict()
-    given, fresh, notes = _adapt(model, wanted, state_dict) if finetune else (dict(state_dict), set(), [])
+    state_dict, renamed = timm_names(wanted, state_dict)
+    given, fresh, notes = _adapt(model, wanted, state_dict) if finetune else (state_dict, set(), [])
     found = problems(wanted, given, fresh, may_be_missing)
     if found:
         way_out = "is it the checkpoint of another --model, or do --model-kwargs differ?"
@@ -54,7 +60,7 @@ def load_weights(
     model.load_state_dict({**wanted, **given}, strict=True)
     if missing:
         notes.append(f"left at initial value: {_summary(missing)}")
-    logger.info("%s", "; ".join([f"loaded {len(given)} of {len(wanted)} tensors from {source}", *notes]))
+    logger.info("%s", "; ".join([f"loaded {len(given)} of {len(wanted)} tensors from {source}", *renamed, *notes]))
     return missing
 
 
@@ -127,7 +133,26 @@ def _adapt(
                 given["pos_embed"], list(grid), [side, side], prefix, interpolation="bicubic", antialias=False
             )  # DeiT's main.py; antialias is timm's default, not DeiT's
             notes.append(f"interpolated pos_embed from {side}x{side} to {grid[0]}x{grid[1]}")
+
+    resized = _resized_tables(model, wanted, given)
+    if resized:
+        given |= resized
+        notes.append(f"interpolated {len(resized)} of {TABLE} to other windows")
     return given, fresh, notes
+
+
+def _resized_tables(
+    model: nn.Module, wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Those tables of relative positions that are of other square windows, for the model's."""
+    resized = {}
+    for name in (name for name in wanted if name.endswith(TABLE) and name in given):
+        old, new = given[name], wanted[name]
+        window = getattr(model.get_submodule(name.removesuffix(f".{TABLE}")), "window_size", None)
+        if old.shape != new.shape and old.shape[1:] == new.shape[1:] and window and window[0] == window[1]:
+            if math.isqrt(len(old)) ** 2 == len(old) > 0 and old.is_floating_point():
+                resized[name] = resize_rel_pos_bias_table(old, window, new.shape)
+    return resized
 
 
 def _summary(names: list[str]) -> str:
