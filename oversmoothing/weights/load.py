@@ -141,9 +141,7 @@ def _adapt(
     return given, fresh, notes
 
 
-def _resized_tables(
-    model: nn.Module, wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _resized_tables(model: nn.Module, wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those tables of relative positions that are of other square windows, for the model's."""
     resized = {}
     for name in (name for name in wanted if name.endswith(TABLE) and name in given):
