@@ -8,11 +8,11 @@ map, after the windows are merged and shifted back; its gain is 1. The plain bas
 
 from functools import partial
 
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, use_fused_attn
 from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from oversmoothing import add_remedy
+from oversmoothing import add_remedy, set_fused
 
 from .registry import data_configs, register_variants
 
@@ -33,6 +33,8 @@ class Swin(SwinTransformer):
         super().__init__(*args, embed_layer=partial(DroppedPatchEmbed, drop=pos_drop_rate), **kwargs)
         if remedies:
             add_remedy(self, remedies)
+        if not use_fused_attn():
+            set_fused(self, False)
 
 
 class DroppedPatchEmbed(PatchEmbed):

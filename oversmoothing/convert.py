@@ -14,6 +14,7 @@ from typing import Any
 
 from timm.layers import use_fused_attn
 from timm.models.cait import Cait
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -321,7 +322,7 @@ class _Plan:
         self.changes: dict[nn.Module, _Change] = {}
         self.readers: list[Layer] = []  # of the first layer's values
         self.done: list[tuple[Remedy, str | list[int] | None]] = []
-        self.is_zoo_family = isinstance(model, VisionTransformer | Cait)
+        self.is_zoo_family = isinstance(model, VisionTransformer | Cait | SwinTransformer)
 
     def add(self, remedy: Remedy, spec: str | list[int] | None, layers: list[Layer]) -> None:
         """One remedy in some layers.

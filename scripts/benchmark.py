@@ -41,6 +41,7 @@ import models  # noqa: F401  (registers the zoo with timm)
 import oversmoothing
 from options import KeyValues, spell
 from oversmoothing.analysis.cost import count_macs
+from oversmoothing.attention import attention_layers
 from oversmoothing.weights import check_model_name, create_model
 from scripts.benchmark_data import data_table
 from scripts.benchmark_step import scaling_table, step_table
@@ -245,7 +246,7 @@ def compare(comparison: Comparison, args: argparse.Namespace) -> list[dict[str, 
             plain=comparison.plain,
             img_size=img_size,
             batch_size=batch_size,
-            depth=len(runners[i].model.blocks),
+            depth=len(attention_layers(runners[i].model)),
             threads=torch.get_num_threads(),
             saved_mib=saved[i] / MIB,
             saved_ratio=saved[i] / saved[0],

@@ -1,5 +1,6 @@
 """Swin with the remedies: the reference's numbers, the same as converting timm's model, and every way to use one."""
 
+import csv
 import json
 import logging
 import re
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 
 import models
 import oversmoothing
+from oversmoothing.analysis import probe
 from oversmoothing.remedies.attnscale import attn_scale
 from oversmoothing.remedies.featscale import feat_scale
 from oversmoothing.weights import CheckpointError, load_weights, number_of_classes, read_checkpoint
 from reporting import EpochLog
+from scripts import analyze, export
 
 NAMES = [name for name in models.list_models() if "swin" in name]
 REMEDIES = {"attnscale": "attnscale", "featscale": "featscale", "attnfeatscale": ["attnscale", "featscale"]}
@@ -395,3 +398,35 @@ def test_any_image_size_trains_that_holds_a_patch(data: Path) -> None:
     assert "Epoch: [0]" in call_main(*run_flags(data, None, "--input-size", 45)).stdout
     done = call_main(*run_flags(data, None, "--input-size", 1), code=2)
     assert "--input-size 1: an image holds no patch of" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_the_analysis_sees_the_remedies_maps_and_parameters(data: Path, trained: Path, tmp_path: Path) -> None:
+    words = ("--data-path", data, "--resume", trained / "checkpoint.pth", "--num-images", 3, "--output_dir", tmp_path)
+    args = analyze.get_parser().parse_args([str(word) for word in ("--model", name_of("attnfeatscale"), *words)])
+    assert analyze.main(args).is_file()
+    rows = list(csv.DictReader((tmp_path / "analysis.csv").open()))
+    assert {row["block"] for row in rows} == {f"layers.{stage}.blocks.{block}" for stage in (0, 1) for block in (0, 1)}
+    assert {"lamb", "lamb1", "lamb2", "dc_gain", "spectrum", "hc_dc_attention"} <= {row["quantity"] for row in rows}
+    model = tiny("attnscale")
+    images, found = torch.randn(2, 3, 32, 32), []
+    with probe.evaluating(model), probe.visiting(model, lambda view: found.append(view.attention_maps())) as layers:
+        model(images)
+    for layer, maps in zip(layers, found, strict=True):
+        torch.testing.assert_close(maps.applied, attn_scale(maps.softmax, layer.attn.lamb))
+    assert (found[1].softmax < 1e-20).any(), "the mask of shifted windows"
+
+
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
+def test_a_trained_model_is_exported(suffix: str, trained: Path, tmp_path: Path) -> None:
+    """For any batch size; the command compares what it wrote with the model."""
+    export.main(["--checkpoint", str(trained / "checkpoint.pth"), "--output", str(tmp_path / f"swin{suffix}")])
+    about = json.loads((tmp_path / "swin.json").read_text())
+    assert about["check"]["batch_sizes"] == [1, 2, 5] and about["check"]["max_difference"] < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [False, True])
+def test_torch_compile_has_no_graph_break(fused: bool) -> None:
+    model = oversmoothing.set_fused(tiny("attnfeatscale"), fused)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(IMAGES), model(IMAGES))

@@ -19,6 +19,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
+from ..fused.windows import FoldedWindowAttention
 from .heads import Heads
 from .kinds import Kind, dropout_of, merge_heads, packed_heads, register_kind, split_heads
 from .vit import MapKind, table_bias
@@ -44,7 +45,7 @@ def add_window_mask(bias: Tensor, mask: Tensor | None, batch: int) -> Tensor:
     return (bias + mask[:, None]).expand(batch // len(mask), *(-1,) * 4).flatten(0, 1)
 
 
-@register_kind(swin_transformer.WindowAttention)
+@register_kind(swin_transformer.WindowAttention, FoldedWindowAttention)
 class SwinKind(WindowKind):
     """Swin: a position bias from a table."""
 

@@ -22,7 +22,8 @@ def set_fused(model: nn.Module, enabled: bool) -> nn.Module:
     Off means the definitions: attention maps as tensors, the remedies as written in the paper, every token through the
     last block. ``torch.func``, second derivatives and timm's ``AttentionExtract`` need that. It sets the attribute
     ``fused_attn``, timm's own switch, so timm's attention layers follow too, and models built after
-    ``timm.layers.set_fused_attn(False)`` have it off from the start.
+    ``timm.layers.set_fused_attn(False)`` have it off from the start. timm's Swin makes its maps unless told otherwise:
+    there "on" is more than the default, and changes which kernel computes ``A V``.
 
     Returns:
         ``model`` itself.
@@ -30,6 +31,8 @@ def set_fused(model: nn.Module, enabled: bool) -> nn.Module:
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = enabled
+        if hasattr(module, "folds"):
+            module.folds = enabled
     return model
 
 

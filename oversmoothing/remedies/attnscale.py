@@ -7,7 +7,7 @@ start::
     A_hat = A_d + (1 + lamb) (A - A_d)                        (arXiv 2203.05962, AttnScale)
 
 ``A_d`` is constant, so ``A_hat V = (1 + lamb) A V - lamb mean(V)``: no N x N tensor is needed and any fused attention
-can compute ``A V``. ``attn_scale`` is the dense definition, the oracle of the tests and of the analysis; the two
+can compute ``A V``. ``attn_scale`` is the dense definition, the oracle of the tests and of the analysis; the
 modules below use the closed form wherever it is exact.
 """
 
@@ -17,13 +17,16 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models.cait import TalkingHeadAttn
+from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
 from ..attention import Heads, register_kind
 from ..attention.cait import TalkingHeadsKind
 from ..attention.vit import PlainKind
+from ..attention.windows import SwinKind
 from ..fused.folding import FoldedAttention, can_fold
 from ..fused.talking_heads import FusedTalkingHeadAttn
+from ..fused.windows import FoldedWindowAttention
 from .base import AttentionRemedy, Operator, register_remedy, uniform_map
 
 
@@ -86,9 +89,7 @@ class AttnScaleAttention(FoldedAttention):
         weight, bias = self.proj.weight, self.proj.bias
         if not self._scaled_by_projection():
             return weight, bias
-        lamb = self.lamb.to(weight.dtype)
-        offset = -F.linear((lamb.to(v.dtype)[:, None] * v.mean(dim=-2)).flatten(1), weight).unsqueeze(1)
-        return weight * (1 + lamb).repeat_interleave(self.head_dim), offset if bias is None else offset + bias
+        return scaled_projection(self.proj, self.lamb, v)
 
 
 class AttnScaleTalkingHeadAttn(FusedTalkingHeadAttn):
@@ -112,8 +113,53 @@ class AttnScaleTalkingHeadAttn(FusedTalkingHeadAttn):
         return gain[:, None] * self.proj_w.weight, gain * self.proj_w.bias - self.lamb / num_tokens
 
 
+class AttnScaleWindowAttention(FoldedWindowAttention):
+    """Swin's window attention with AttnScale. N is the window's area; the mask of shifted windows is in the maps.
+
+    So masked pairs get ``-lamb / N``, as in the paper's code. Arguments as timm's ``WindowAttention``.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *args, device=None, dtype=None, **kwargs) -> None:
+        super().__init__(dim, num_heads, *args, device=device, dtype=dtype, **kwargs)
+        self.lamb = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """timm's start values, and zero ``lamb`` (timm's constructor calls this before there is one)."""
+        super().reset_parameters()
+        if hasattr(self, "lamb"):
+            nn.init.zeros_(self.lamb)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """``A_hat V``, or only ``A V`` where the projection does the rest; shapes as in ``FoldedWindowAttention``."""
+        if not self.folds or (self.training and self.attn_drop.p > 0):
+            return self.attn_drop(attn_scale(self.maps(q, k, mask), self.lamb)) @ v
+        y = super().attend(q, k, v, mask)
+        if self.can_fold():
+            return y
+        return y + self.lamb.to(y.dtype)[:, None, None] * (y - v.mean(dim=-2, keepdim=True))
+
+    def projection(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As in ``AttnScaleAttention``, with an offset for each window."""
+        return scaled_projection(self.proj, self.lamb, v)
+
+
+def scaled_projection(proj: nn.Linear, lamb: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (C, H * D) and offset (B, 1, C) of ``proj((1 + lamb) A V - lamb mean(V))`` as a projection of ``A V``.
+
+    The weight has its input columns scaled, head by head; the offset is one vector an image, ``-W (lamb mean(V))``.
+    """
+    weight, bias, lamb = proj.weight, proj.bias, lamb.to(proj.weight.dtype)
+    offset = -F.linear((lamb.to(v.dtype)[:, None] * v.mean(dim=-2)).flatten(1), weight).unsqueeze(1)
+    return weight * (1 + lamb).repeat_interleave(v.shape[-1]), offset if bias is None else offset + bias
+
+
 class _AttnScaleKind(PlainKind):
     def applied_maps(self, attn: AttnScaleAttention, heads: Heads) -> Tensor:
+        return attn_scale(heads.maps(), attn.lamb)
+
+
+class _AttnScaleWindowKind(SwinKind):
+    def applied_maps(self, attn: AttnScaleWindowAttention, heads: Heads) -> Tensor:
         return attn_scale(heads.maps(), attn.lamb)
 
 
@@ -124,6 +170,7 @@ class _AttnScaleTalkingHeadsKind(TalkingHeadsKind):
 
 register_kind(AttnScaleAttention)(_AttnScaleKind)
 register_kind(AttnScaleTalkingHeadAttn)(_AttnScaleTalkingHeadsKind)
+register_kind(AttnScaleWindowAttention)(_AttnScaleWindowKind)
 
 
 @register_remedy
@@ -143,6 +190,8 @@ class AttnScale(AttentionRemedy):
         FoldedAttention: AttnScaleAttention,
         TalkingHeadAttn: AttnScaleTalkingHeadAttn,
         FusedTalkingHeadAttn: AttnScaleTalkingHeadAttn,
+        WindowAttention: AttnScaleWindowAttention,
+        FoldedWindowAttention: AttnScaleWindowAttention,
     }
 
     lamb: float = 0.0

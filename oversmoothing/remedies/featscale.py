@@ -11,23 +11,27 @@ the attention layer allows it (``folding.can_fold``) and no dropout comes betwee
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from timm.layers import Attention, use_fused_attn
 from timm.models.cait import LayerScaleBlock, TalkingHeadAttn
+from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, window_partition, window_reverse
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..fused.folding import FoldedAttention, affine, can_fold, has_hooks
 from ..fused.talking_heads import FusedTalkingHeadAttn
+from ..fused.windows import FoldedWindowAttention
 from .base import BranchRemedy, Layer, LayerShape, Operator, register_remedy
 
 # The paper's equation has gain 1. Its code for the DeiT backbone adds both bands a second time, and the published
-# DeiT weights go with that code: gain 2. Its CaiT code adds them once.
+# DeiT weights go with that code: gain 2. Its CaiT and Swin code adds them once.
 DEIT_GAIN = 2.0
 CAIT_GAIN = 1.0
+SWIN_GAIN = 1.0
 
 
 def feat_scale(y: Tensor, lamb1: Tensor, lamb2: Tensor, gain: float) -> Tensor:
@@ -56,16 +60,18 @@ def fold_feat_scale(
 
     Args:
         weight: Shape (C, C_in).
-        offset: Shape (C,) or (B, 1, C), or None.
-        mean: Mean token of ``x``, shape (B, 1, C_in).
+        offset: Shape (C,) or (B, 1, C), or None; on Swin also (B, windows, 1, C).
+        mean: Mean token of ``x``, shape (B, 1, C_in); on Swin (B, 1, 1, C_in), or of each window (B, windows, 1, C_in).
         lamb1: As in ``feat_scale``.
         lamb2: As in ``feat_scale``.
         gain: As in ``feat_scale``.
 
     Returns:
-        Weight (C, C_in) and offset (B, 1, C).
+        Weight (C, C_in) and offset (B, 1, C), on Swin (B, 1 or windows, 1, C).
     """
     dc = affine(mean, weight, offset)
+    if dc.dim() == 4:  # the windows of an image are of one size
+        dc = dc.mean(dim=1, keepdim=True)
     high = 1 + gain * lamb2.to(weight.dtype)
     dc_offset = gain * (lamb1 - lamb2).to(dc.dtype) * dc
     return high[:, None] * weight, dc_offset if offset is None else high * offset + dc_offset
@@ -167,6 +173,65 @@ class FeatScaleLayerScaleBlock(LayerScaleBlock):
         return feat_scale(self.attn(x), self.lamb1, self.lamb2, self.gain)
 
 
+class FeatScaleSwinBlock(SwinTransformerBlock):
+    """Swin's block with FeatScale, on the whole feature map: after its windows are merged and shifted back.
+
+    Args:
+        dim: Channels C of the tokens, and the length of ``lamb1`` and ``lamb2``.
+        *args: As timm's ``SwinTransformerBlock``.
+        gain: 1, the paper's equation and code.
+        **kwargs: As timm's ``SwinTransformerBlock``.
+    """
+
+    folds = True
+
+    def __init__(self, dim: int, *args, gain: float = SWIN_GAIN, device=None, dtype=None, **kwargs) -> None:
+        super().__init__(dim, *args, device=device, dtype=dtype, **kwargs)
+        self.gain = gain
+        self.lamb1 = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
+        self.lamb2 = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """timm's start values, and zero both weights (timm's constructor calls this before there are any)."""
+        super().reset_parameters()
+        if hasattr(self, "lamb1"):
+            nn.init.zeros_(self.lamb1)
+            nn.init.zeros_(self.lamb2)
+
+    def _attn(self, x: Tensor) -> Tensor:
+        """Normed tokens (B, height, width, C) -> attention with FeatScale, the same shape."""
+        size = x.shape[1:3]
+        if self._folds(size):
+            return self._folded(x, size)
+        y = super()._attn(x)
+        return feat_scale(y.flatten(1, 2), self.lamb1, self.lamb2, self.gain).view_as(y)
+
+    def _folds(self, size: Sequence[int]) -> bool:
+        """Whether the projection can do it: windows hold no padding, and no dropout comes between it and the mean."""
+        attn = self.attn
+        padded = any(length % window for length, window in zip(size, self.window_size, strict=True))
+        folds = self.folds and isinstance(attn, FoldedWindowAttention) and attn.can_fold() and not has_hooks(attn)
+        return folds and not padded and not (self.training and attn.proj_drop.p > 0)
+
+    def _folded(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """The same with one projection: the mean over all windows is known before them being merged."""
+        batch, shift, dims = len(x), self.shift_size, (1, 2)
+        if any(shift):
+            x = x.roll((-shift[0], -shift[1]), dims)
+        mask = self.get_attn_mask(x) if self.dynamic_mask else self.attn_mask
+        windows = window_partition(x, self.window_size).flatten(1, 2)
+        y, weight, offset = self.attn.unprojected(windows, mask)
+        y = y.unflatten(0, (batch, -1))  # (B, windows, N, H * D)
+        if offset is not None and offset.dim() == 3:  # AttnScale's, one for each window
+            offset, mean = offset.unflatten(0, (batch, -1)), y.mean(dim=2, keepdim=True)
+        else:
+            mean = y.mean(dim=(1, 2), keepdim=True)
+        weight, offset = fold_feat_scale(weight, offset, mean, self.lamb1, self.lamb2, self.gain)
+        y = affine(y, weight, offset).flatten(0, 1).unflatten(1, self.window_size)
+        y = window_reverse(y, self.window_size, *size)
+        return y.roll(shift, dims) if any(shift) else y
+
+
 @register_remedy
 @dataclass(frozen=True, kw_only=True)
 class FeatScale(BranchRemedy):
@@ -179,11 +244,16 @@ class FeatScale(BranchRemedy):
     formula = "(after the projection) y + gain (lamb1 DC[y] + lamb2 HC[y])"
     source = "arXiv 2203.05962, ICLR 2022"
     cost = "one pass over the branch; less where the projection does it"
-    native = {Block: FeatScaleBlock, LayerScaleBlock: FeatScaleLayerScaleBlock}
+    native = {
+        Block: FeatScaleBlock,
+        LayerScaleBlock: FeatScaleLayerScaleBlock,
+        SwinTransformerBlock: FeatScaleSwinBlock,
+    }
     # The same attention layers, which hand out their projection to these blocks.
     native_attention: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {
         Attention: FoldedAttention,
         TalkingHeadAttn: FusedTalkingHeadAttn,
+        WindowAttention: FoldedWindowAttention,
     }
 
     gain: float | None = None

@@ -1,0 +1,64 @@
+"""Swin's window attention in two halves, so that a remedy can be folded into its projection (see ``folding``)."""
+
+import torch
+import torch.nn.functional as F
+from timm.models.swin_transformer import WindowAttention
+from torch import Tensor, nn
+
+from .folding import affine, has_hooks
+
+
+class FoldedWindowAttention(WindowAttention):
+    """timm's ``WindowAttention`` in two halves, what comes before the projection and the projection.
+
+    In timm's Swin ``fused_attn`` is off by default: the maps of windows are small tensors. Folding does not depend on
+    it and has a switch of its own, ``folds``; ``set_fused`` turns both.
+    """
+
+    folds = True
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B * windows, N, C) -> the same shape; ``mask`` is (windows, N, N), added to the scores."""
+        heads, v = self.heads(x, mask)
+        if not self.can_fold():
+            return self.proj_drop(self.proj(heads))
+        return self.proj_drop(affine(heads, *self.projection(v)))
+
+    def unprojected(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Heads (B * windows, N, H * D), and weight and offset for ``affine``; only where it :meth:`can_fold`."""
+        heads, v = self.heads(x, mask)
+        return heads, *self.projection(v)
+
+    def can_fold(self) -> bool:
+        """Whether ``proj`` is nothing but its weight and bias, and no dropout falls on the maps."""
+        plain = type(self.proj) is nn.Linear and not has_hooks(self.proj)
+        return self.folds and plain and not (self.training and self.attn_drop.p > 0)
+
+    def heads(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The input of the projection, (B * windows, N, H * D), and the values, (B * windows, H, N, D)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.attend(q, k, v, mask).transpose(1, 2).flatten(2), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention per head: (B * windows, H, N, D) -> the same shape."""
+        if not self.fused_attn:
+            return self.attn_drop(self.maps(q, k, mask)) @ v
+        bias = self.bias(mask)
+        if mask is not None:
+            bias = bias.repeat(len(q) // len(mask), 1, 1, 1)
+        return F.scaled_dot_product_attention(q, k, v, bias, self.attn_drop.p if self.training else 0.0)
+
+    def maps(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        """The attention maps, (B * windows, H, N, N)."""
+        scores, bias = q * self.scale @ k.transpose(-2, -1), self.bias(mask)
+        # In place: backward does not need what the product returned.
+        return scores.unflatten(0, (-1, len(bias))).add_(bias).flatten(0, 1).softmax(dim=-1)
+
+    def bias(self, mask: Tensor | None) -> Tensor:
+        """What is added to the scores, (1 or windows, H, N, N)."""
+        bias = self._get_rel_pos_bias()
+        return bias if mask is None else bias + mask[:, None]
+
+    def projection(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight and offset of the projection; a remedy that acts on the heads folds itself in here."""
+        return self.proj.weight, self.proj.bias
