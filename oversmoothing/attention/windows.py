@@ -51,7 +51,7 @@ class SwinKind(WindowKind):
 
     def split(self, attn: nn.Module, x: Tensor, mask: Tensor | None = None) -> Heads:
         """x: (B * windows, N, C), the windows of an image one after another; mask: (windows, N, N)."""
-        bias = add_window_mask(table_bias(attn), mask, len(x))
+        bias = add_window_mask(table_bias(attn), mask, x.shape[0])
         return Heads(x, *packed_heads(attn, x), attn.scale, bias, dropout=dropout_of(attn), fused=attn.fused_attn)
 
 
@@ -63,7 +63,7 @@ class CosineKind(WindowKind):
         q, k, v = packed_heads(attn, x)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         temperature = attn.logit_scale.view(-1, 1, 1).clamp(max=math.log(100)).exp()
-        bias = add_window_mask(self.position_bias(attn), mask, len(x))
+        bias = add_window_mask(self.position_bias(attn), mask, x.shape[0])
         return Heads(x, q * temperature, k, v, 1.0, bias, dropout=dropout_of(attn))
 
     def position_bias(self, attn: nn.Module) -> Tensor:

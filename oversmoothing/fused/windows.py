@@ -45,7 +45,7 @@ class FoldedWindowAttention(WindowAttention):
             return self.attn_drop(self.maps(q, k, mask)) @ v
         bias = self.bias(mask)
         if mask is not None:
-            bias = bias.repeat(len(q) // len(mask), 1, 1, 1)
+            bias = bias.repeat(q.shape[0] // len(mask), 1, 1, 1)
         return F.scaled_dot_product_attention(q, k, v, bias, self.attn_drop.p if self.training else 0.0)
 
     def maps(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:

@@ -215,7 +215,7 @@ class FeatScaleSwinBlock(SwinTransformerBlock):
 
     def _folded(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """The same with one projection: the mean over all windows is known before them being merged."""
-        batch, shift, dims = len(x), self.shift_size, (1, 2)
+        batch, shift, dims = x.shape[0], self.shift_size, (1, 2)  # len(x) would fix it in an exported graph
         if any(shift):
             x = x.roll((-shift[0], -shift[1]), dims)
         mask = self.get_attn_mask(x) if self.dynamic_mask else self.attn_mask
