@@ -14,12 +14,16 @@ import torch
 from runs import ROOT, TINY, Run, environment, expect, run_main, tiny_tree
 
 import oversmoothing
+from optim import LRPlan
+from options import check_args, get_args_parser
 from oversmoothing.weights import read_checkpoint
 from reporting import EpochLog
 
 NAMES = ("attnscale_small_12", "attnscale_small_24", "featscale_small_12", "featscale_small_24")
 NAMES += ("attnscale_cait_s24_224", "featscale_cait_s24_224", "eval_attnscale_small_12")
 SCRIPTS = [ROOT / "scripts" / "reproduce" / f"{name}.sh" for name in NAMES]
+SWIN = ("attnscale_swin_small", "featscale_swin_small")
+SWIN_SCRIPTS = [ROOT / "scripts" / "reproduce" / f"{name}.sh" for name in SWIN]
 PAPER = ROOT.parent / "shared" / "paper-commands.md"
 SHORT = ("--epochs", "1", "--batch-size", "4", "--num_workers", "0")
 NARROW = ("--model-kwargs", "embed_dim=96", "num_heads=3")  # what a command does depends on its flags, not on the width
@@ -53,7 +57,23 @@ def test_the_scripts_hold_the_papers_seven_commands() -> None:
     assert sorted(map(printed_command, SCRIPTS)) == sorted(numbered)
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", SWIN_SCRIPTS, ids=lambda path: path.stem)
+def test_the_swin_scripts_hold_its_recipe(script: Path) -> None:
+    """1,024 images a step for 300 epochs: the rate rises from 1e-6 to 1e-3 in 20 of them and ends at 1e-5."""
+    text = script.read_text().replace("\\\n", " ")
+    line = next(line for line in text.splitlines() if line.startswith("torchrun "))
+    words = line.partition("main.py ")[2].replace('"$DATA_PATH"', "data").replace(' "$@"', "").split()
+    args = get_args_parser().parse_args(words)
+    check_args(args)
+    assert args.model == f"{script.stem}_patch4_window7_224" and args.output_dir == f"./logs/imnet1k_{script.stem}"
+    plan = LRPlan(args, world_size=8, steps_per_epoch=1251)
+    assert plan(0) == pytest.approx(1e-6) and plan(0, 2) > plan(0, 1) and plan(299, 1250) == pytest.approx(1e-5)
+    assert max(plan(epoch) for epoch in range(300)) == plan(20) == pytest.approx(1e-3, rel=1e-3)
+    assert (args.weight_decay, args.clip_grad, args.drop_path) == (0.05, 5.0, 0.3)
+    assert (args.opt, args.model_ema, args.repeated_aug) == ("adamw", False, False)
+
+
+@pytest.mark.parametrize("script", SCRIPTS + SWIN_SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_states_what_to_expect_and_asks_for_its_paths(script: Path, tmp_path: Path) -> None:
     head = script.read_text().split("set -euo pipefail")[0]
     assert re.search(r"Expected: 8\d\.\d% top-1, as reported by the paper \(arXiv 2203\.05962", head)
@@ -87,7 +107,7 @@ def reproduce(tmp_path: Path, data: Path):
 
     def run(name: str, *flags: str, checkpoint: str = "") -> tuple[str, Path]:
         script = tmp_path / "repository" / "scripts" / "reproduce" / f"{name}.sh"
-        env = environment(PATH=python_first, DATA_PATH="data", CHECKPOINT=checkpoint)
+        env = environment(PATH=python_first, DATA_PATH="data", CHECKPOINT=checkpoint, NUM_GPUS="2")
         with Run(["bash", str(script), *SHORT, *flags], env, cwd=tmp_path) as started:
             output = expect(started, timeout=400).stdout
         assert "2 process(es) on CPU" in output
@@ -125,6 +145,15 @@ def test_a_training_command_trains(name: str, reproduce) -> None:
     assert_trained(output, folder)
     if "--drop 0.2" in printed_command(ROOT / "scripts" / "reproduce" / f"{name}.sh"):
         assert '"drop": 0.2' in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SWIN)
+def test_a_swin_command_trains(name: str, reproduce) -> None:
+    size = ("--model-kwargs", "embed_dim=12", "depths=(1,1,2,1)", "num_heads=(1,2,3,6)")
+    output, folder = reproduce(name, *size, "--warmup-epochs", "0")
+    assert f"model: {name}_patch4_window7_224, " in output and "LR at the first step of epoch: 0: " in output
+    assert_trained(output, folder)
 
 
 @pytest.mark.slow

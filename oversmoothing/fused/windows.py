@@ -1,6 +1,5 @@
 """Swin's window attention in two halves, so that a remedy can be folded into its projection (see ``folding``)."""
 
-import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
