@@ -2,13 +2,16 @@
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
+from timm.models.swin_transformer import WindowAttention
 from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 
 import checkpoints
 
@@ -50,3 +53,17 @@ class Hostile:
         if self.function is eval:
             return eval, (f"open({str(self.marker)!r}, 'w')",)
         return os.system, (f"touch {self.marker}",)
+
+
+def swin_code_state(plain: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a plain model in the layout of Swin's own code: its names, its buffers."""
+    state = {}
+    for key, tensor in plain.state_dict().items():
+        key = re.sub(r"^layers\.(\d+)\.downsample", lambda match: f"layers.{int(match[1]) - 1}.downsample", key)
+        state[re.sub(r"^head\.fc\.", "head.", key)] = tensor
+    for name, module in plain.named_modules():
+        if isinstance(module, WindowAttention):
+            state[f"{name}.relative_position_index"] = module.relative_position_index
+        if getattr(module, "attn_mask", None) is not None:
+            state[f"{name}.attn_mask"] = module.attn_mask
+    return state

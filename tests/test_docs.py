@@ -34,6 +34,7 @@ import timm
 import torch
 from PIL import Image
 from runs import ROOT, call_main, environment, tiny_tree
+from states import swin_code_state
 
 import models  # noqa: F401 (registers the zoo)
 from options import check_args, get_args_parser
@@ -46,6 +47,7 @@ TINY = {
     "scripts/benchmark.py": ("--rounds", "1", "--warmup", "0", "--batch-size", "1", "--threads", "1"),
     "scripts/benchmark_data.py": ("--rounds", "1", "--images", "8"),
 }
+SWIN_SIZE = ("embed_dim=12", "depths=(2,2)", "num_heads=(1,2)", "patch_size=2", "window_size=4")
 TINY["main.py"] += ("--num_workers", "0", "--device", "cpu", "--print-freq", "1")
 INSTEAD = {
     "/data/imagenet": "data/imagenet",
@@ -171,6 +173,9 @@ def readers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = {name: int(value) for name, value in (word.split("=") for word in SIZE)} | {"img_size": 32}
     cait = timm.create_model("cait_S24_224", **size).state_dict()  # as its authors publish it
     torch.save({"model": {f"module.{name}": tensor for name, tensor in cait.items()}}, folder / "S24_224.pth")
+    swin_size = dict(embed_dim=12, depths=(2, 2), num_heads=(1, 2), patch_size=2, window_size=4)
+    swin = timm.create_model("swin_small_patch4_window7_224", img_size=32, num_classes=3, **swin_size)
+    torch.save({"model": swin_code_state(swin)}, folder / "swin_small_patch4_window7_224.pth")
     torch.save(timm.create_model("attnscale_small_12", num_classes=3, **size).state_dict(),
                folder / "attnscale_small_12.pth")  # fmt: skip
     return folder
@@ -202,8 +207,11 @@ def apply_diff(file: Path, text: str) -> None:
 # ---- running ---------------------------------------------------------------------------------------------------------
 def run(program: str, flags: list[str], *, in_folder: Path | None) -> str:
     """Runs one program in this process, or that of ``in_folder``'s code in its own; returns all that it prints."""
-    flags = [*flags, *TINY.get(program, ())]
-    if program == "main.py" and (get_args_parser().parse_args(flags[: -len(TINY["main.py"])]).input_size) > 224:
+    tiny = TINY.get(program, ())
+    if program == "main.py" and "_swin_" in " ".join(flags):
+        tiny = (tiny[0], *SWIN_SIZE, *tiny[1 + len(SIZE) :])
+    flags = [*flags, *tiny]
+    if program == "main.py" and (get_args_parser().parse_args(flags[: -len(tiny)]).input_size) > 224:
         flags += ["--input-size", "48"]
     if in_folder is not None:
         return run_python([str(in_folder / program), *flags])

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from conftest import GOLDEN, golden_json, golden_rules
 from runs import TINY as TINY_RUN
 from runs import call_main, tiny_tree
+from states import swin_code_state
 from timm.models.swin_transformer import WindowAttention, window_partition
-from torch import Tensor, nn
+from torch import nn
 
 import models
 import oversmoothing
@@ -265,20 +266,6 @@ class TestWaysToRunAModel:
 
 
 # ---- weights of Swin's own code --------------------------------------------------------------------------------------
-def published_state(plain: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a plain model in the layout of Swin's own code: its names, its buffers."""
-    state = {}
-    for key, tensor in plain.state_dict().items():
-        key = re.sub(r"^layers\.(\d+)\.downsample", lambda match: f"layers.{int(match[1]) - 1}.downsample", key)
-        state[re.sub(r"^head\.fc\.", "head.", key)] = tensor
-    for name, module in plain.named_modules():
-        if isinstance(module, WindowAttention):
-            state[f"{name}.relative_position_index"] = module.relative_position_index
-        if getattr(module, "attn_mask", None) is not None:
-            state[f"{name}.attn_mask"] = module.attn_mask
-    return state
-
-
 @pytest.fixture(scope="module")
 def plain() -> nn.Module:
     torch.manual_seed(3)
@@ -288,7 +275,7 @@ def plain() -> nn.Module:
 @pytest.fixture(scope="module")
 def published_file(plain: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("published") / "swin_tiny_patch4_window7_224.pth"
-    torch.save({"model": published_state(plain)}, path)
+    torch.save({"model": swin_code_state(plain)}, path)
     return path
 
 
@@ -310,7 +297,7 @@ def test_a_file_of_swins_own_code_loads_with_every_key_accounted_for(
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
 def test_a_file_of_swins_own_code_with_another_key_is_refused(change: str, plain: nn.Module) -> None:
-    state = published_state(plain)
+    state = swin_code_state(plain)
     if change == "missing":
         del state["layers.0.downsample.norm.weight"]
     elif change == "unexpected":
@@ -326,7 +313,7 @@ def test_a_fine_tune_takes_other_windows_and_other_classes(plain: nn.Module, cap
     caplog.set_level(logging.INFO)
     model = timm.create_model(name_of("attnscale"), **TINY | dict(window_size=8, num_classes=3)).eval()
     load_weights(
-        model, published_state(plain), source="file", finetune=True, may_be_missing=oversmoothing.is_remedy_parameter
+        model, swin_code_state(plain), source="file", finetune=True, may_be_missing=oversmoothing.is_remedy_parameter
     )
     assert "dropped head.fc (7 classes in the file, 3 in the model)" in caplog.text
     assert "interpolated 4 of relative_position_bias_table to other windows" in caplog.text
@@ -334,7 +321,7 @@ def test_a_fine_tune_takes_other_windows_and_other_classes(plain: nn.Module, cap
     assert ours.shape == (225, 1) and theirs.shape == (49, 1)
     torch.testing.assert_close(ours[112], theirs[24])  # no offset: the middle of both tables
     with pytest.raises(CheckpointError, match="pass the file with --finetune"):
-        load_weights(model, published_state(plain), source="file", may_be_missing=oversmoothing.is_remedy_parameter)
+        load_weights(model, swin_code_state(plain), source="file", may_be_missing=oversmoothing.is_remedy_parameter)
 
 
 def test_pretrained_takes_timms_config_of_the_plain_model_and_a_file(plain: nn.Module, published_file: Path) -> None:
@@ -386,7 +373,7 @@ def test_a_run_resumed_within_an_epoch_equals_one_left_alone(trained: Path, data
 
 
 def test_resume_of_a_published_file_is_weights_only(data: Path, plain: nn.Module, tmp_path: Path) -> None:
-    torch.save({"model": published_state(plain), "max_accuracy": 81.2, "epoch": 299}, tmp_path / "swin.pth")
+    torch.save({"model": swin_code_state(plain), "max_accuracy": 81.2, "epoch": 299}, tmp_path / "swin.pth")
     words = run_flags(data, None, "--resume", tmp_path / "swin.pth", "--num-classes", 7, "--epochs", 1)
     printed = call_main(*words).stdout
     assert "weights only, training starts at epoch 0" in printed and "left out 6 constants" in printed
