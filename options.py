@@ -136,7 +136,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         prog="main.py",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
-        description="Train and evaluate DeiT and CaiT with AttnScale and FeatScale (arXiv 2203.05962).",
+        description="Train and evaluate DeiT, CaiT and Swin with AttnScale and FeatScale (arXiv 2203.05962).",
         epilog="Example, two processes on one node:  torchrun --nproc_per_node=2 main.py --auto_reload "
         "--model attnscale_small_12 --batch-size 512 --data-set IMNET --data-path /data/imagenet "
         "--output_dir logs/attnscale_small_12     (flags can be written with - or with _)",
@@ -216,7 +216,7 @@ def _model(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.1,
         metavar="P",
-        help="stochastic depth: rises linearly to P over the layers on DeiT, constant on CaiT",
+        help="stochastic depth: rises linearly to P over the layers on DeiT and Swin, constant on CaiT",
     )
     group.add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass")
     group.add("--torchcompile", action="store_true", help="run the model through torch.compile")

@@ -6,7 +6,7 @@ convert    ``add_remedy``: any vision transformer, as it is, with remedies
 remedies   one remedy a file: equation, dense definition, fast form
 fused      what makes remedies free
 weights    any checkpoint file, read safely and loaded with every key accounted for
-zoo        DeiT and CaiT with the remedies, registered with timm (``models`` in a checkout of the repository)
+zoo        DeiT, CaiT and Swin with the remedies, registered with timm (``models`` in a checkout of the repository)
 """
 
 from .convert import add_remedy, describe, list_remedies, remedies_at, remedies_of, remedy_options, remove_remedy

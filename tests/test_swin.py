@@ -295,6 +295,12 @@ def test_a_file_of_swins_own_code_loads_with_every_key_accounted_for(
     assert "layers.*.blocks.*.attn.lamb (4)" in lines
 
 
+def test_a_file_of_the_papers_own_swin_loads_strictly() -> None:
+    source, model = tiny("attnfeatscale"), timm.create_model(name_of("attnfeatscale"), **TINY).eval()
+    assert load_weights(model, swin_code_state(source), source="file") == []
+    torch.testing.assert_close(model(IMAGES), source(IMAGES), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
 def test_a_file_of_swins_own_code_with_another_key_is_refused(change: str, plain: nn.Module) -> None:
     state = swin_code_state(plain)

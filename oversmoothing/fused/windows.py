@@ -50,8 +50,10 @@ class FoldedWindowAttention(WindowAttention):
     def maps(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
         """The attention maps, (B * windows, H, N, N)."""
         scores, bias = q * self.scale @ k.transpose(-2, -1), self.bias(mask)
-        # In place: backward does not need what the product returned.
-        return scores.unflatten(0, (-1, len(bias))).add_(bias).flatten(0, 1).softmax(dim=-1)
+        scores = scores.unflatten(0, (-1, len(bias)))
+        # In place where autocast does not keep the bias in a higher precision: backward does not need the product.
+        scores = scores.add_(bias) if scores.dtype == bias.dtype else scores + bias
+        return scores.flatten(0, 1).softmax(dim=-1)
 
     def bias(self, mask: Tensor | None) -> Tensor:
         """What is added to the scores, (1 or windows, H, N, N)."""
