@@ -214,7 +214,7 @@ class FeatScaleSwinBlock(SwinTransformerBlock):
         return folds and not padded and not (self.training and attn.proj_drop.p > 0)
 
     def _folded(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """The same with one projection: the mean over all windows is known before them being merged."""
+        """The same with one projection: the mean over all windows is known before they are merged."""
         batch, shift, dims = x.shape[0], self.shift_size, (1, 2)  # len(x) would fix it in an exported graph
         if any(shift):
             x = x.roll((-shift[0], -shift[1]), dims)
