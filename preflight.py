@@ -36,7 +36,7 @@ MODEL_FLAGS = (
 OPTIMIZER_FLAGS = ("opt", "opt_eps", "opt_betas", "momentum", "weight_decay", "lr")
 SCHEDULE_FLAGS = (
     *("sched", "lr", "epochs", "warmup_epochs", "warmup_lr", "min_lr", "decay_epochs", "decay_rate"),
-    *("lr_noise", "lr_noise_pct", "lr_noise_std", "batch_size", "grad_accum"),
+    *("lr_noise", "lr_noise_pct", "lr_noise_std", "batch_size", "grad_accum", "sched_on_updates", "scale_min_lr"),
 )
 AUGMENTATION_FLAGS = ("aa", "color_jitter", "hflip", "train_interpolation", "reprob", "remode", "recount", "input_size")
 MIXING_FLAGS = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "smoothing")
@@ -76,8 +76,8 @@ def check_recipe(args: argparse.Namespace, model: nn.Module, world_size: int = 1
         mix_once(args)
     lr = optim.scaled_lr(args, world_size)
     with blame(args, *SCHEDULE_FLAGS):
-        plan = optim.lr_plan(args, lr)
-        if not all(math.isfinite(rate) and rate >= 0 for rate in (lr, *plan)):
+        plan = optim.LRPlan(args, world_size)
+        if not all(math.isfinite(rate) and rate >= 0 for rate in (lr, *map(plan, range(args.epochs)))):
             raise ValueError("a learning rate is negative or not finite")
     with blame(args, *OPTIMIZER_FLAGS):
         step_once(args)

@@ -33,6 +33,7 @@ class Swin(SwinTransformer):
         super().__init__(*args, embed_layer=partial(DroppedPatchEmbed, drop=pos_drop_rate), **kwargs)
         if remedies:
             add_remedy(self, remedies)
+            del self.remedies  # the class says them: nothing was added to the model of this name
         if not use_fused_attn():
             set_fused(self, False)
 

@@ -143,7 +143,11 @@ def test_every_name_is_timms_model_with_its_remedy(name: str) -> None:
     assert [(k, t.shape) for k, t in model.state_dict().items()] == [
         (k, t.shape) for k, t in plain.state_dict().items()
     ]
-    assert oversmoothing.remedies_of(model) == oversmoothing.remedies_of(plain)
+    ours, theirs = ({n: oversmoothing.remedies_at(m) for n, m in x.named_modules()} for x in (model, plain))
+    assert {n: r for n, r in ours.items() if r} == {n: r for n, r in theirs.items() if r} != {}
+    assert oversmoothing.remedies_of(plain) and not oversmoothing.remedies_of(model), "the name says what it has"
+    with pytest.raises(oversmoothing.RemedyError, match="built in"):
+        oversmoothing.add_remedy(model, "gfsa")
     cfg, timms = model.pretrained_cfg, plain.pretrained_cfg
     assert cfg["crop_pct"] == 224 / 256
     same = ("input_size", "pool_size", "interpolation", "mean", "std", "first_conv", "classifier", "num_classes")
@@ -390,7 +394,7 @@ def test_any_image_size_trains_that_holds_a_patch(data: Path) -> None:
     """Windows are padded where they do not divide the map, and shrink with a map smaller than they are."""
     assert "Epoch: [0]" in call_main(*run_flags(data, None, "--input-size", 45)).stdout
     done = call_main(*run_flags(data, None, "--input-size", 1), code=2)
-    assert "--input-size 1: an image holds no patch of" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "takes no RGB images of 1 pixels" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_the_analysis_sees_the_remedies_maps_and_parameters(data: Path, trained: Path, tmp_path: Path) -> None:

@@ -81,9 +81,6 @@ def create_model(
             f"--model {name} cannot be built from {kwargs} (--model-kwargs, --drop, --drop-path, --input-size): "
             f"{type(error).__name__}: {reason}"
         ) from error
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if grid is not None and min(grid) < 1:
-        raise ModelError(f"--input-size {input_size}: an image holds no patch of {model.patch_embed.patch_size} pixels")
     try:
         return add_remedy(model, remedies) if remedies else model
     except RemedyError as error:
