@@ -42,6 +42,10 @@ from utils import World
 _logger = logging.getLogger(__name__)
 
 
+# What the order of the images and their augmentation depend on, beside the number of processes.
+_ORDER_FLAGS = ("batch_size", "grad_accum", "seed", "fast_loader", "val_split", "val_split_seed")
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a run begins: fresh, from pretrained weights, or resumed."""
@@ -197,16 +201,14 @@ def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: 
     if args.eval or args.throughput:  # no training follows, so nothing can differ
         return start
     then = saved.get("args") or {}
-    now = {name: getattr(args, name) for name in ("batch_size", "grad_accum", "seed", "fast_loader")} | {
-        "world_size": world.world_size
-    }
+    now = {name: getattr(args, name) for name in _ORDER_FLAGS} | {"world_size": world.world_size}
     changed = {name: f"{then[name]} -> {now[name]}" for name in now if then.get(name) not in (None, now[name])}
     if changed:
         _logger.warning(
             f"resuming {start.source} with {changed}: from epoch {epoch} on, the order of the images, their "
             "augmentation and the scaled learning rate differ from the uninterrupted run"
         )
-    if step and {"world_size", "batch_size", "grad_accum"} & changed.keys():
+    if step and {"world_size", "batch_size", "grad_accum", "val_split"} & changed.keys():
         _logger.warning(f"epoch {epoch} starts again: its first {step} batches held other images")
         step = 0
     if step:
@@ -324,6 +326,7 @@ class Loaders(NamedTuple):
     train: DataLoader | None  # None with --eval
     val: DataLoader
     prepare: nn.Module | None  # what the device still has to do with a training batch, before anything else
+    held_out: DataLoader | None = None  # training images that --val-split keeps from training
 
 
 def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> Loaders:
@@ -339,26 +342,30 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> L
         build_dataset = fastload.build_dataset if args.fast_loader else partial(datasets.build_dataset, True)
         dataset_train, _ = build_dataset(options, data_config)
         prepare = fastload.build_device_transform(options, data_config, world.device) if args.fast_loader else None
-    sampler_train, sampler_val = samplers.build_samplers(
-        dataset_train,
-        dataset_val,
+    build_samplers = partial(
+        samplers.build_samplers,
         world_size=world.world_size,
         rank=world.rank,
         repeated_aug=args.repeated_aug,
         seed=args.seed,
         shard_eval=args.shard_eval,
     )
+    sampler_train, sampler_val = build_samplers(dataset_train, dataset_val)
     common = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and world.device.type == "cuda"}
-    loader_val = build_loader(
-        dataset_val, sampler_val, batch_size=max(1, 3 * args.batch_size // 2), drop_last=False, **common
-    )
-    loader_train = None
+    evaluation = common | {"batch_size": max(1, 3 * args.batch_size // 2), "drop_last": False}
+    loader_val = build_loader(dataset_val, sampler_val, **evaluation)
+    loader_train = loader_held_out = None
     if not args.eval:
         batch_size = fit_batch_size(args, len(sampler_train))
         loader_train = build_loader(dataset_train, sampler_train, batch_size=batch_size, drop_last=True, **common)
         start_workers(loader_train)
+    if args.val_split and not args.eval:
+        held_out = datasets.build_held_out(options, data_config)
+        loader_held_out = build_loader(held_out, build_samplers(None, held_out)[1], **evaluation)
+        start_workers(loader_held_out)
+        _logger.info(f"--val-split {args.val_split}: {len(held_out)} training images held out")
     start_workers(loader_val)
-    return Loaders(loader_train, loader_val, prepare)
+    return Loaders(loader_train, loader_val, prepare, loader_held_out)
 
 
 def fit_batch_size(args: argparse.Namespace, samples: int) -> int:

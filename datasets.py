@@ -28,7 +28,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, DatasetFolder, FashionMNIST, ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
@@ -91,6 +91,8 @@ class DataOptions:
     recount: int = 1
     # Evaluation.
     eval_crop_ratio: float | None = None  # None: the model's own crop_pct
+    val_split: float = 0.0  # share of the training images of each class that is held out; 0: none
+    val_split_seed: int = 0
 
     @classmethod
     def from_args(cls, args: Namespace) -> "DataOptions":
@@ -519,6 +521,8 @@ def build_dataset(
 ) -> tuple[Dataset, int]:
     """Data set of the training or the evaluation images, and the number of classes.
 
+    With ``val_split``, training images lack those that :func:`build_held_out` has.
+
     Args:
         is_train: Whether to build the training set with its augmentation.
         options: Which images, and what becomes of them.
@@ -534,20 +538,95 @@ def build_dataset(
         DataError: If the data are not there or not usable.
     """
     transform = transform or build_transform(is_train, options, data_config)
+    dataset = _build_split(is_train, options, transform, loader)
+    if is_train and options.val_split:
+        dataset = Part(dataset, _split(dataset, options)[0])
+    return _skip_bad_images(dataset, options), len(dataset.classes)
+
+
+def build_held_out(options: DataOptions, data_config: dict[str, Any] | None = None) -> Dataset:
+    """The training images that ``val_split`` keeps from training, transformed as evaluation images are.
+
+    Args:
+        options: With a ``val_split`` above 0.
+        data_config: As in ``build_transform``.
+
+    Raises:
+        DataError: If the data are not there, or cannot be split.
+    """
+    dataset = _build_split(True, options, build_transform(False, options, data_config), load_image)
+    return _skip_bad_images(Part(dataset, _split(dataset, options)[1]), options)
+
+
+def _build_split(
+    is_train: bool, options: DataOptions, transform: Callable, loader: Callable[[File], Image.Image]
+) -> Dataset:
+    """All training images, or all evaluation images."""
     if options.data_set == "wds":
-        dataset = _build_shards(is_train, options, transform, loader)
-        return _skip_bad_images(dataset, options), len(dataset.classes)
+        return _build_shards(is_train, options, transform, loader)
     root = _check_root(options)
     if options.data_set in ("CIFAR", "CIFAR10", "FMNIST"):
-        dataset = _build_torchvision(is_train, options, root, transform)
-        return dataset, len(dataset.classes)
+        return _build_torchvision(is_train, options, root, transform)
     if options.data_set in INAT_YEARS:
         category = options.inat_category
-        dataset = INaturalistJson(root, is_train, INAT_YEARS[options.data_set], category, transform, loader)
-    else:
-        _tree_classes(options, root, is_train)
-        dataset = _build_tree(root, "train" if is_train else "val", transform, loader)
-    return _skip_bad_images(dataset, options), len(dataset.classes)
+        return INaturalistJson(root, is_train, INAT_YEARS[options.data_set], category, transform, loader)
+    _tree_classes(options, root, is_train)
+    return _build_tree(root, "train" if is_train else "val", transform, loader)
+
+
+class Part(Subset):
+    """Some images of a data set, with what ``SkipBadImages`` and the captions of pictures read of a whole one."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the labels."""
+        return self.dataset.classes
+
+    @property
+    def samples(self) -> list[tuple[File, int]]:
+        """File and label of each image."""
+        return [self.dataset.samples[index] for index in self.indices]
+
+
+def split_by_class(labels: np.ndarray, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Cuts images in two, class by class.
+
+    Args:
+        labels: Of the images, shape (num_images,).
+        share: Of the second part, above 0 and below 1; of each class it gets at least one image and never all.
+        seed: Of the choice, which depends on nothing else: the choice in one class not on the others.
+
+    Returns:
+        Sorted indices of the two parts.
+
+    Raises:
+        ValueError: If a class has one image only; with its label.
+    """
+    second: list[int] = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        if len(members) < 2:
+            raise ValueError(f"class {label} has one image")
+        count = min(max(round(share * len(members)), 1), len(members) - 1)
+        # Not Generator: the numbers of RandomState are the same in every version of numpy.
+        rng = np.random.RandomState(np.random.SeedSequence((seed, int(label))).generate_state(1, np.uint32)[0])
+        second += rng.permutation(members)[:count].tolist()
+    held_out = set(second)
+    return [index for index in range(len(labels)) if index not in held_out], sorted(second)
+
+
+def _split(dataset: Dataset, options: DataOptions) -> tuple[list[int], list[int]]:
+    """Indices of the images to train on, and of those that ``--val-split`` holds out."""
+    if getattr(dataset, "remote", None) is not None:
+        raise DataError(
+            f"--val-split {options.val_split}: remote shards are read as they come and cannot be split; write a "
+            "validation split of your own, or use local shards"
+        )
+    labels = dataset.samples.targets if isinstance(dataset, MemberImages) else dataset.targets
+    try:
+        return split_by_class(np.asarray(labels), options.val_split, options.val_split_seed)
+    except ValueError as error:
+        raise DataError(f"--val-split {options.val_split}: {error}, which cannot be split in two") from error
 
 
 def _skip_bad_images(dataset: DatasetFolder, options: DataOptions) -> Dataset:

@@ -85,13 +85,16 @@ def fit(
         rate = images / (time.time() - epoch_began)
         ema = trainer.ema if args.eval_ema else None
         leave_if_asked = partial(stop_if_asked, args, saver, stop, epoch, meters, steps)
-        test_stats = evaluate_with_ema(
-            args, trainer.bare_model, ema, loader_val, world, trainer.amp_dtype, leave_if_asked
-        )
+        evaluate = partial(evaluate_with_ema, args, trainer.bare_model, ema, world=world, amp_dtype=trainer.amp_dtype)
+        val_stats = {}
+        if loaders.held_out is not None:
+            val_stats = evaluate(loader=loaders.held_out, after_step=leave_if_asked, images="held-out")
+        test_stats = evaluate(loader=loader_val, after_step=leave_if_asked)
 
-        best = saver.note(test_stats)
-        _logger.info(f"Max accuracy: {saver.max_accuracy['acc1']:.2f}%")
+        best = saver.note(val_stats or test_stats)
+        _logger.info(f"Max accuracy: {saver.max_accuracy['acc1']:.2f}%" + " of the held-out images" * bool(val_stats))
         line = {f"train_{name}": value for name, value in train_stats.items()}
+        line |= {f"val_{name}": value for name, value in val_stats.items()}
         line |= {f"test_{name}": value for name, value in test_stats.items()}
         line |= {"epoch": epoch, "n_parameters": reporting.count_parameters(trainer.bare_model)}
         if args.output_dir:
@@ -141,7 +144,13 @@ def open_recorder(
     """Rank 0's writer of epochs, with what ``--spectrum-every`` asks for; a run that begins is described first."""
     model = trainer.bare_model
     watch = reporting.watch_spectrum(model, args.model, loaders.val.dataset, args.spectrum_every)
-    recorder = reporting.Recorder(args.output_dir, start.epoch, fresh=not start.full, watch=watch)
+    recorder = reporting.Recorder(
+        args.output_dir,
+        start.epoch,
+        fresh=not start.full,
+        watch=watch,
+        chosen_by="test_acc1" if loaders.held_out is None else "val_acc1",
+    )
     if recorder.begins:
         data_config = resolve_data_config({}, model=model)
         recorder.describe(
@@ -248,10 +257,12 @@ def evaluate_with_ema(
     world: World,
     amp_dtype: torch.dtype,
     after_step: Callable[[], None] = lambda: None,
+    images: str = "test",
 ) -> dict[str, float]:
     """Accuracy of the model and, where there is one, of its EMA: ``loss``, ``acc1``, ``acc5``, ``ema_*``.
 
-    ``after_step`` is called after each batch, equally often on every rank, and may raise.
+    ``after_step`` is called after each batch, equally often on every rank, and may raise. ``images`` is what the log
+    calls them.
     """
     stats = {}
     for prefix, network in (("", model), ("ema_", ema.module if ema is not None else None)):
@@ -267,6 +278,6 @@ def evaluate_with_ema(
             after_step=after_step,
         )
         of = "EMA" if prefix else "network"
-        _logger.info(f"Accuracy of the {of} on the {len(loader.dataset)} test images: {result['acc1']:.3f}%")
+        _logger.info(f"Accuracy of the {of} on the {len(loader.dataset)} {images} images: {result['acc1']:.3f}%")
         stats |= {prefix + name: value for name, value in result.items()}
     return stats

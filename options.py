@@ -62,6 +62,8 @@ RANGES = {
     "local_rank": Interval(0, 10**6),
     "recount": Interval(1, 100),
     "smoothing": Interval(0, 1, below=True),
+    "val_split": Interval(0, 1, below=True),
+    "val_split_seed": Interval(0, 2**62),
     "layer_decay": Interval(0, 1, above=True),
     "eval_crop_ratio": Interval(0.05, 1),
     "lr_noise_pct": Interval(0, 1, above=True),
@@ -438,6 +440,22 @@ def _data(parser: argparse.ArgumentParser) -> None:
     )
     group.add("--skip-bad-images", type=int, default=0, metavar="N", help="unreadable images to skip before stopping")
     group.add("--download", action="store_true", help="fetch CIFAR, CIFAR10 or FMNIST into --data-path")
+    group.add(
+        "--val-split",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="hold out this share of the training images, of each class alike, and let it choose best_checkpoint.pth: "
+        "val_* in log.txt; the test set is evaluated beside it and chooses nothing. 0: train on all images, and the "
+        "test set chooses. No effect with --eval",
+    )
+    group.add(
+        "--val-split-seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="which images are held out; apart from --seed, so that runs of different seeds hold out the same",
+    )
 
 
 def _run(parser: argparse.ArgumentParser) -> None:

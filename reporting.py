@@ -241,6 +241,7 @@ class Recorder:
         start_epoch: Lines and events from this epoch on belong to an attempt that was cut off; they are replaced.
         fresh: The run starts anew; files of an earlier run in the same folder are moved into ``earlier-<n>/``.
         watch: What ``--spectrum-every`` adds to the epochs.
+        chosen_by: The accuracy that makes an epoch the best so far, as ``log.txt`` calls it.
 
     Attributes:
         begins: No epoch is recorded yet: ``describe`` is to be called, once a run.
@@ -251,15 +252,22 @@ class Recorder:
 
     FILES = ["log.txt", OTHER_LINES, "tensorboard"]
 
-    def __init__(self, output_dir: str, start_epoch: int, fresh: bool, watch: SpectrumWatch | None = None) -> None:
+    def __init__(
+        self,
+        output_dir: str,
+        start_epoch: int,
+        fresh: bool,
+        watch: SpectrumWatch | None = None,
+        chosen_by: str = "test_acc1",
+    ) -> None:
         self.folder = Path(output_dir)
-        self.watch = watch
+        self.watch, self.chosen_by = watch, chosen_by
         utils.make_folder(self.folder)
         with checkpoints.explain_write_errors(self.folder):
             if fresh:
                 self._set_earlier_run_aside()
             self.log = EpochLog(self.folder / "log.txt", start_epoch)
-            done = [line.get("test_acc1") for line in EpochLog.read(self.log.path)]
+            done = [line.get(chosen_by) for line in EpochLog.read(self.log.path)]
             self.best_acc1 = max(
                 (value for value in done if type(value) in (int, float) and math.isfinite(value)), default=-math.inf
             )
@@ -292,7 +300,7 @@ class Recorder:
             hyper_parameters: From :func:`hyper_parameters`.
             samples: From :func:`sample_sheet`.
         """
-        metrics = dict.fromkeys(("accuracy/best_test_acc1", "accuracy/test_acc1", "loss/test_loss"))
+        metrics = dict.fromkeys((f"accuracy/best_{self.chosen_by}", "accuracy/test_acc1", "loss/test_loss"))
         with checkpoints.explain_write_errors(self.folder):
             self.writer.add_text("run", page, 0)
             self.writer.add_custom_scalars(charts)
@@ -317,12 +325,12 @@ class Recorder:
 
     def _write_events(self, line: dict, model: nn.Module, images_per_second: float) -> None:
         epoch = line["epoch"]
-        self.best_acc1 = max(self.best_acc1, line["test_acc1"])
-        self.writer.add_scalar("accuracy/best_test_acc1", self.best_acc1, epoch)
+        self.best_acc1 = max(self.best_acc1, line[self.chosen_by])
+        self.writer.add_scalar(f"accuracy/best_{self.chosen_by}", self.best_acc1, epoch)
         for name, value in line.items():
             if name == "train_lr":
                 self.writer.add_scalar("optimization/lr", value, epoch)
-            elif name.startswith(("train_", "test_")):
+            elif name.startswith(("train_", "val_", "test_")):
                 self.writer.add_scalar(f"{'loss' if 'loss' in name else 'accuracy'}/{name}", value, epoch)
             elif name in SPECTRUM_CURVES:
                 for layer, at_layer in enumerate(value):
