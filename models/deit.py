@@ -1,5 +1,7 @@
 """DeiT backbones: timm's ``VisionTransformer`` with DeiT's initialisation, plain and with the remedies."""
 
+from functools import partial
+
 from timm.layers import trunc_normal_, use_fused_attn
 from timm.models import checkpoint
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
@@ -18,13 +20,23 @@ class DeiT(VisionTransformer):
     """timm's ``VisionTransformer`` whose class token starts as DeiT's does: trunc-normal 0.02 (timm 1.x: 1e-6).
 
     Calling it is faster than ``forward_head(forward_features(x))`` and gives the same: see ``first_tokens``.
+
+    Args:
+        *args: As timm's.
+        attn_skip: ``s`` in ``s x + f(x)``, the skip connection of each attention branch, for studies: below 1 tokens
+            grow alike sooner. Each block's input is multiplied by it, which the norm before attention undoes but for
+            its epsilon.
+        **kwargs: As timm's.
     """
 
     fused_attn: jit.Final[bool]
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args, attn_skip: float = 1.0, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.fused_attn = use_fused_attn()
+        if attn_skip != 1:
+            for block in self.blocks:
+                block.register_forward_pre_hook(partial(_scale_input, attn_skip))
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Initialise every parameter; arguments as timm's."""
@@ -68,6 +80,10 @@ class DeiT(VisionTransformer):
         else:
             x = first_tokens(self.blocks[-1], x, self.num_prefix_tokens)
         return self.forward_head(self.norm(x))
+
+
+def _scale_input(scale: float, block: Block, args: tuple) -> tuple:
+    return scale * args[0], *args[1:]
 
 
 def first_tokens(block: Block, x: Tensor, num_tokens: int) -> Tensor:
