@@ -2,6 +2,7 @@
 
     python scripts/prepare_digits.py                        # writes data/digits
     python scripts/prepare_digits.py --output /tmp/digits
+    python scripts/prepare_digits.py --output data/digits_1of2 --part 1/2     # every second training image
     python main.py --data-set FOLDER --data-path data/digits --input-size 32 ...
 
 Images are 32x32 grey-scale PNG files, enlarged from 8x8 by bicubic interpolation. Of each digit, 36 images evenly
@@ -51,25 +52,34 @@ def split_indices(labels: np.ndarray) -> dict[str, list[int]]:
     return {"train": [i for i in range(len(labels)) if i not in val], "val": sorted(val)}
 
 
-def planned_files() -> dict[str, np.ndarray]:
+def planned_files(part: int = 1, parts: int = 1) -> dict[str, np.ndarray]:
     """All files of the tree.
+
+    Args:
+        part: Which part of the training images of each digit, from 1; the validation images are all of them.
+        parts: Into how many they are dealt out, in turn.
 
     Returns:
         Relative paths such as ``train/7/0012.png``, each with its image: shape (8, 8), values 0 to 16.
     """
     digits = load_digits()
+    splits = split_indices(digits.target)
+    of_digit = {digit: [i for i in splits["train"] if digits.target[i] == digit] for digit in range(10)}
+    splits["train"] = sorted(i for members in of_digit.values() for i in members[part - 1 :: parts])
     return {
         f"{split}/{digits.target[i]}/{i:04d}.png": digits.images[i]
-        for split, indices in split_indices(digits.target).items()
+        for split, indices in splits.items()
         for i in indices
     }
 
 
-def prepare_digits(output: Path) -> bool:
+def prepare_digits(output: Path, part: int = 1, parts: int = 1) -> bool:
     """Writes the tree, unless it is there and complete.
 
     Args:
         output: Folder of the tree; an incomplete tree of an earlier run is replaced.
+        part: As in :func:`planned_files`.
+        parts: As in :func:`planned_files`.
 
     Returns:
         Whether the tree was written.
@@ -77,7 +87,7 @@ def prepare_digits(output: Path) -> bool:
     Raises:
         FileExistsError: If ``output`` holds anything that is not of this tree; nothing is deleted then.
     """
-    images = planned_files()
+    images = planned_files(part, parts)
     if output.exists() or output.is_symlink():
         found = {path.relative_to(output).as_posix(): path for path in output.rglob("*")} if output.is_dir() else None
         foreign = ["itself"] if found is None else [name for name in found if not OUR_FILES.fullmatch(name)]
@@ -103,14 +113,29 @@ def prepare_digits(output: Path) -> bool:
     return True
 
 
+def _part(text: str) -> tuple[int, int]:
+    """``K/N`` as two numbers."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]) <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r}: give the K-th of N parts as K/N, such as 1/2; N is at most 100")
+    return int(match[1]), int(match[2])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; see the head of this file. Returns the exit code."""
     parser = argparse.ArgumentParser(description="Write the handwritten digits as an ImageFolder tree.")
     parser.add_argument(
         "--output", type=entry.user_path, default=Path("data/digits"), help="folder of the tree (data/digits)"
     )
-    output = parser.parse_args(argv).output
-    return entry.explained(lambda: _report(output, prepare_digits(output)), OSError)
+    parser.add_argument(
+        "--part",
+        type=_part,
+        default=(1, 1),
+        metavar="K/N",
+        help="the K-th of N parts of the training images, digit by digit (all)",
+    )
+    args = parser.parse_args(argv)
+    return entry.explained(lambda: _report(args.output, prepare_digits(args.output, *args.part)), OSError)
 
 
 def _report(output: Path, written: bool) -> None:

@@ -49,6 +49,17 @@ def test_digits_are_the_same_bytes_every_time(digits: Path, tmp_path: Path) -> N
     assert tree_digest(tmp_path / "again") == tree_digest(digits)
 
 
+def test_parts_of_the_digits_share_no_training_image_and_all_test_images(tmp_path: Path) -> None:
+    for part in ("1", "2"):
+        prepare_digits.main(["--output", str(tmp_path / part), "--part", f"{part}/2"])
+    first, second = ({p.name for p in (tmp_path / part / "train").glob("*/*.png")} for part in ("1", "2"))
+    assert not first & second and len(first | second) == 1437 and abs(len(first) - len(second)) <= 10
+    assert tree_digest(tmp_path / "1" / "val") == tree_digest(tmp_path / "2" / "val")
+    for text in ("half", "0/2", "3/2"):
+        with pytest.raises(SystemExit):
+            prepare_digits.main(["--output", str(tmp_path / "3"), "--part", text])
+
+
 def test_digits_are_written_once(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in digits.rglob("*")}
     prepare_digits.main(["--output", str(digits)])
