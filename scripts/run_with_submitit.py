@@ -198,24 +198,36 @@ def check(job: argparse.Namespace, run: argparse.Namespace) -> None:
         raise ArgumentError("--job_dir is missing: without --output_dir it is the only place for the logs")
 
 
-def main(words: list[str] | None = None) -> int:
-    """Queues the job; waits for its end where there is no queue."""
+REFUSALS = (ArgumentError, DataError, ModelError, SetupError, OSError, UncompletedJobError)
+
+
+def submit(words: list[str] | None = None) -> tuple[submitit.Job, str]:
+    """Queues the job of this script's flags and ``main.py``'s; returns it and the kind of its executor.
+
+    Raises:
+        ArgumentError: One of ``REFUSALS``, as all that are raised here: the flags contradict each other.
+    """
     job, flags = get_args_parser().parse_known_args(words)
     run = get_run_parser().parse_args(flags)
+    check(job, run)
+    executor = make_executor(job, run)
+    if not (run.eval or run.throughput or run.auto_reload):
+        flags.append("--auto_reload")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return executor.submit(Task(flags, port)), executor.cluster
+
+
+def main(words: list[str] | None = None) -> int:
+    """Queues the job; waits for its end where there is no queue."""
     try:
-        check(job, run)
-        executor = make_executor(job, run)
-        if not (run.eval or run.throughput or run.auto_reload):
-            flags.append("--auto_reload")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        submitted = executor.submit(Task(flags, port))
-    except (ArgumentError, DataError, ModelError, SetupError, OSError, UncompletedJobError) as error:
+        submitted, cluster = submit(words)
+    except REFUSALS as error:
         print(f"error: {str(error).strip()}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    print(f"job {submitted.job_id} ({executor.cluster}), log of rank 0: {submitted.paths.stdout}", flush=True)
-    if executor.cluster == "slurm":
+    print(f"job {submitted.job_id} ({cluster}), log of rank 0: {submitted.paths.stdout}", flush=True)
+    if cluster == "slurm":
         return 0
     failure = submitted.exception()  # after its end
     if failure is not None:

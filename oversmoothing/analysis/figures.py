@@ -247,7 +247,7 @@ def draw_parameters(results: Sequence[Result]) -> Figure | None:
                 continue
             layers, values = [i for i, _ in found], [value for _, value in found]
             centre = torch.stack([value.mean() for value in values])
-            ax.plot(layers, centre, label=result.label, **_style(index))
+            ax.plot(layers, centre, label=result.label, **line_style(index))
             colour = COLOURS[index % len(COLOURS)]
             if max(map(len, values)) <= MOST_HEADS:
                 for layer, heads in zip(layers, values, strict=True):
@@ -269,7 +269,7 @@ def _by_layer(ax: Axes, results: Sequence[Result], quantity: str, title: str, yl
     for index, result in enumerate(results):
         layers, mean, std = result.scalars(quantity)
         if layers:
-            style = _style(index)
+            style = line_style(index)
             ax.plot(layers, mean, label=result.label, **style)
             # On a logarithmic axis the same band as a factor: mean - std may be negative and has no place there.
             low, high = (mean / (1 + std / mean), mean + std) if log else (mean - std, mean + std)
@@ -285,7 +285,8 @@ def _by_layer(ax: Axes, results: Sequence[Result], quantity: str, title: str, yl
     return drawn
 
 
-def _style(index: int) -> dict[str, Any]:
+def line_style(index: int) -> dict[str, Any]:
+    """Colour, marker and dashes of the line with this number; 28 of them differ."""
     # Gaps in the lines drawn last show those below: a remedy at lambda = 0 lies exactly on its plain model.
     line = ("-", "--", ":", "-.")[index % 4]
     return dict(
@@ -324,7 +325,7 @@ def _shared_legend(
     figure: Figure, results: Sequence[Result], quantities: Sequence[str] = (), title: str | None = None
 ) -> None:
     handles = [
-        Line2D([], [], label=result.label, **_style(index))
+        Line2D([], [], label=result.label, **line_style(index))
         for index, result in enumerate(results)
         if not quantities or any(name in layer for name in quantities for layer in result.layers)
     ]

@@ -12,7 +12,7 @@ from .results import Result, as_json, quantities_of, tidy_rows, write_csv
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Attention and over-smoothing</title>
+<title>{title}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }}
 img {{ max-width: 100%; height: auto; }}
@@ -22,7 +22,7 @@ th, td {{ padding: 2px 10px; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child {{ text-align: left; }}
 .scroll {{ overflow-x: auto; }} summary {{ cursor: pointer; margin: 0.5em 0; }}
 </style></head><body>
-<h1>Attention and over-smoothing, layer by layer</h1>
+<h1>{title}</h1>
 {body}
 </body></html>
 """
@@ -87,19 +87,29 @@ def render_report(
             ]
             for result in results
         ]
-        parts.append(_table(["model", "timm name", "weights", "parameters", "input", "layers"], rows))
+        parts.append(html_table(["model", "timm name", "weights", "parameters", "input", "layers"], rows))
     for picture in pictures:
-        data = base64.b64encode((folder / picture.file).read_bytes()).decode()
-        parts.append(
-            f'<figure><h2>{html.escape(picture.title)}</h2><img alt="{html.escape(picture.title)}" '
-            f'src="data:image/png;base64,{data}"><figcaption>{html.escape(picture.caption)}</figcaption></figure>'
-        )
+        parts.append(html_picture(picture, folder))
     if results:
         parts.append("<h2>Numbers</h2><p>Means over the images; analysis.csv has all, with their spread.</p>")
         parts += [f"<details><summary>{html.escape(r.label)}</summary>{layer_table(r)}</details>" for r in results]
-        parts.append("<h2>Quantities</h2>" + _table(["quantity", "what it is"], quantities_of(results).items()))
-    parts.append("<h2>Settings</h2>" + _table(["setting", "value"], settings.items()))
-    return PAGE.format(body="\n".join(parts))
+        parts.append("<h2>Quantities</h2>" + html_table(["quantity", "what it is"], quantities_of(results).items()))
+    parts.append("<h2>Settings</h2>" + html_table(["setting", "value"], settings.items()))
+    return html_page("Attention and over-smoothing, layer by layer", parts)
+
+
+def html_page(title: str, parts: Iterable[str]) -> str:
+    """A self-contained page of parts in HTML."""
+    return PAGE.format(title=html.escape(title), body="\n".join(parts))
+
+
+def html_picture(picture: Picture, folder: Path) -> str:
+    """A picture whose file lies in ``folder``, with its title and caption, inside the page."""
+    data = base64.b64encode((folder / picture.file).read_bytes()).decode()
+    return (
+        f'<figure><h2>{html.escape(picture.title)}</h2><img alt="{html.escape(picture.title)}" '
+        f'src="data:image/png;base64,{data}"><figcaption>{html.escape(picture.caption)}</figcaption></figure>'
+    )
 
 
 def layer_table(result: Result) -> str:
@@ -113,10 +123,12 @@ def layer_table(result: Result) -> str:
         [block, *(f"{layer[name].mean.mean().item():.4g}" if name in layer else "" for name in names)]
         for block, layer in zip(result.layer_names, result.layers, strict=True)
     ]
-    return _table(["block", *names], rows)
+    return html_table(["block", *names], rows)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table of texts and numbers, as wide as it needs to be."""
+
     def line(cells: Sequence[Any], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
 
