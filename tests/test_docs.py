@@ -38,6 +38,7 @@ from states import swin_code_state
 
 import models  # noqa: F401 (registers the zoo)
 from options import check_args, get_args_parser
+from scripts import compare
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SIZE = ("embed_dim=32", "depth=2", "num_heads=2", "patch_size=8")
@@ -49,11 +50,13 @@ TINY = {
 }
 SWIN_SIZE = ("embed_dim=12", "depths=(2,2)", "num_heads=(1,2)", "patch_size=2", "window_size=4")
 TINY["main.py"] += ("--num_workers", "0", "--device", "cpu", "--print-freq", "1")
+TINY["scripts/compare.py"] = ("--seeds", "1", "--jobs", "1", *TINY["main.py"], "--spectrum-every", "1")
 INSTEAD = {
     "/data/imagenet": "data/imagenet",
     "--device cuda": "--device cpu",
     "--layer 10": "--layer 1",  # of two
     "/path/to/this/repository": str(ROOT),
+    "scripts/reproduce/studies/": f"{ROOT}/scripts/reproduce/studies/",
 }  # fmt: skip
 REST = "--model attnscale_small_12 --data-set FOLDER --data-path data/imagenet"  # of the flags of main.py: "…"
 
@@ -83,6 +86,12 @@ NOT_RUN = {
     r"export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1": "tests/test_clusters.py",
     r"sbatch ": "needs Slurm; under an emulated one: tests/test_clusters.py",
     r"python scripts/run_with_submitit\.py": "needs Slurm; with submitit's local executor: tests/test_submitit.py",
+    r"python scripts/compare\.py study\.toml --submitit": (
+        "needs Slurm; tests/test_compare.py::test_runs_can_be_queued_as_run_with_submitit_queues_them"
+    ),
+    r"python scripts/compare\.py scripts/reproduce/studies/(?!.* --list)": (
+        "takes hours; tests/test_comparison_study.py::test_the_published_studies_can_be_run"
+    ),
     r"python scripts/export\.py ": "tests/test_export.py::test_the_page_works_as_printed",
 }
 # Page -> the test that runs its Python blocks, where not this file.
@@ -320,6 +329,10 @@ def test_the_parsers_know_every_flag_of_a_page(page: Path, monkeypatch: pytest.M
         if program == "main.py":
             if flags not in ([], ["--help"]):
                 check_args(get_args_parser().parse_args(flags))
+        elif program == "scripts/compare.py":
+            known, of_main = compare.parse_args(flags)
+            if known.study is None or known.study.exists():
+                compare.build_study(known, of_main).runs()
         elif flags:
             with monkeypatch.context() as patched:
                 patched.setattr(argparse.ArgumentParser, "parse_args", parse_only)
