@@ -214,6 +214,7 @@ def write_and_compare(model: nn.Module, about: dict[str, Any], path: Path) -> di
     any_batch = ({0: torch.export.Dim("batch")},)
     try:
         program = torch.export.export(model, (torch.randn(2, *shape),), dynamic_shapes=any_batch)
+        program = program.run_decompositions({torch.ops.oversmoothing.talking_heads.default: talking_heads_as_maps})
         exported = write_onnx(program, path, about["opset"]) if path.suffix == ".onnx" else write_pt2(program, path)
     except RuntimeError as error:  # what torch's exporters raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

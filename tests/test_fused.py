@@ -222,7 +222,7 @@ def test_talking_heads_equal_the_definition(
 def test_talking_heads_gradients_equal_finite_differences() -> None:
     qkv = torch.randn(3, 2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
     weights = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 2), (2,), (2, 2), (2,))]
-    assert torch.autograd.gradcheck(lambda qkv, *w: talking_heads.TalkingHeads.apply(qkv, 0.5, *w), (qkv, *weights))
+    assert torch.autograd.gradcheck(lambda qkv, *w: talking_heads.talking_heads(qkv, 0.5, *w), (qkv, *weights))
 
 
 def test_talking_heads_keep_no_map_for_backward() -> None:

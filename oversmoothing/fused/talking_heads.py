@@ -4,6 +4,9 @@ CaiT mixes its attention maps over the heads before and after the softmax (arXiv
 heads to the last axis of [B, H, N, N] and back, twice, and keeps the maps before and after for backward. Here a mixing
 is one small matrix on [B, H, N * N], and the maps live in a scratch buffer, a few images or some rows of one at a time:
 forward keeps only its input, backward makes the maps again.
+
+It is an operator of torch, ``torch.ops.oversmoothing.talking_heads``, so ``torch.compile`` and ``torch.export`` keep it as
+it is.
 """
 
 import math
@@ -13,10 +16,10 @@ import torch
 from timm.layers import use_fused_attn
 from timm.models.cait import TalkingHeadAttn
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Size of one scratch buffer. On a CPU the four of backward should stay in the cache (of 32 MB where it was measured);
-# elsewhere a chunk only has to be large enough that launching its kernels does not count (a guess, not measured).
+# elsewhere a chunk only has to be large enough that launching its kernels does not count (a guess, not measured:
+# `python scripts/check_gpu.py --only chunk` measures it).
 CPU_CHUNK_BYTES = 2 * 2**20
 CHUNK_BYTES = 256 * 2**20
 
@@ -29,14 +32,15 @@ def mix_heads(attn: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         weight: Shape (num_heads, num_heads).
         bias: Shape (num_heads,).
     """
-    return (weight @ attn.flatten(2) + bias.to(attn.dtype)[:, None]).view_as(attn)
+    mixed = weight @ attn.flatten(2)
+    return (mixed + bias.to(mixed.dtype)[:, None]).view_as(attn)  # a float32 bias would double half-precision maps
 
 
 class FusedTalkingHeadAttn(TalkingHeadAttn):
     """timm's ``TalkingHeadAttn``, faster and with less memory; fits the ``attn_block`` slot of timm's ``Cait``.
 
-    With dropout on the attention weights, in TorchScript, under ``torch.compile`` (which fuses by itself) and with
-    ``fused_attn = False`` it makes the maps as tensors. Arguments as timm's.
+    With dropout on the attention weights, in TorchScript, under fx and with ``fused_attn = False`` it makes the maps as
+    tensors. Arguments as timm's.
     """
 
     fused_attn: torch.jit.Final[bool]
@@ -58,10 +62,9 @@ class FusedTalkingHeadAttn(TalkingHeadAttn):
         B, N, C = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
         if not torch.jit.is_scripting():
-            if self.fused_attn and runs_eagerly(x) and not (self.training and self.attn_drop.p > 0):
+            if self.fused_attn and not recorded(x) and not (self.training and self.attn_drop.p > 0):
                 weight, bias = self.second_mixing(N)
-                mixings = self.proj_l.weight, self.proj_l.bias, weight, bias
-                return TalkingHeads.apply(qkv, self.scale, *(p.to(qkv.dtype) for p in mixings)).flatten(2)
+                return talking_heads(qkv, self.scale, self.proj_l.weight, self.proj_l.bias, weight, bias).flatten(2)
         q, k, v = qkv.unbind(0)
         attn = mix_heads(q * self.scale @ k.transpose(-2, -1), self.proj_l.weight, self.proj_l.bias).softmax(dim=-1)
         attn = self.remedy(mix_heads(attn, self.proj_w.weight, self.proj_w.bias))
@@ -76,70 +79,132 @@ class FusedTalkingHeadAttn(TalkingHeadAttn):
         return self.proj_w.weight, self.proj_w.bias
 
 
-class TalkingHeads(torch.autograd.Function):
+def recorded(x: Tensor) -> bool:
+    """Whether an operator called now is only written down, by ``torch.jit.trace`` or ``torch.fx``."""
+    return torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy)
+
+
+# ---- the operator ----------------------------------------------------------------------------------------------------
+@torch.library.custom_op("oversmoothing::talking_heads", mutates_args=())
+def talking_heads(qkv: Tensor, scale: float, w_l: Tensor, b_l: Tensor, w_w: Tensor, b_w: Tensor) -> Tensor:
     """``y = (W_w softmax(W_l S) + b_w) V`` with ``S = scale Q K^T``, a chunk of images or of an image's rows at a time.
 
-    Its arguments are qkv (3, B, num_heads, N, head_dim), scale, W_l, b_l, W_w, b_w, tensors of one dtype. ``b_l``
-    cancels in the softmax; it is an argument so that it gets its gradient, zero: DDP waits for one of every parameter.
+    ``b_w V`` is one vector an image and head. ``b_l`` cancels in the softmax; it is an argument so that it gets its
+    gradient, zero: DDP waits for one of every parameter.
+
+    Args:
+        qkv: Shape (3, B, num_heads, N, head_dim); under autocast it is cast to autocast's precision.
+        scale: Dimensionless factor on the scores.
+        w_l: Shape (num_heads, num_heads), as ``w_w``; like the biases in any precision, float32 beside a half ``qkv``.
+        b_l: Shape (num_heads,), as ``b_w``.
+        w_w: The mixing after the softmax.
+        b_w: Its bias.
+
+    Returns:
+        Shape (B, N, num_heads, head_dim), the dtype of ``qkv``.
     """
-
-    @staticmethod
-    def forward(ctx, qkv: Tensor, scale: float, w_l: Tensor, b_l: Tensor, w_w: Tensor, b_w: Tensor) -> Tensor:
-        """-> (B, N, num_heads, head_dim)."""
-        ctx.scale = scale
-        ctx.save_for_backward(qkv, w_l, b_l, w_w, b_w)
-        y = torch.empty_like(qkv[0].transpose(1, 2), memory_format=torch.contiguous_format)
-        w_l = w_l * scale
-        for images, rows, (scores, attn) in _chunks(qkv, num_buffers=2):
-            q, (k, v) = qkv[0, images, :, rows], qkv[1:, images]
-            torch.matmul(q, k.mT, out=scores)
-            _mix(w_l, scores, out=attn)
-            torch.softmax(attn, dim=-1, out=scores)
-            _mix(w_w, scores, out=attn).add_(b_w[:, None, None])
-            y[images, rows] = (attn @ v).transpose(1, 2)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of qkv and of the two mixings."""
-        qkv, w_l, b_l, w_w, b_w = ctx.saved_tensors
-        dy = dy.transpose(1, 2)
-        dqkv = torch.empty_like(qkv)
-        sum_dtype = torch.promote_types(qkv.dtype, torch.float32)
-        dw_l, dw_w, db_w = (torch.zeros_like(p, dtype=sum_dtype) for p in (w_l, w_w, b_w))
-        w_l = w_l * ctx.scale
-        for images, rows, (scores, attn, mixed, grad) in _chunks(qkv, num_buffers=4):
-            q, (k, v) = qkv[0, images, :, rows], qkv[1:, images]
-            dq, (dk, dv) = dqkv[0, images, :, rows], dqkv[1:, images]
-            torch.matmul(q, k.mT, out=scores)
-            _mix(w_l, scores, out=mixed)
-            torch.softmax(mixed, dim=-1, out=attn)
-            _mix(w_w, attn, out=mixed).add_(b_w[:, None, None])
-            _collect(dv, mixed.mT @ dy[images, :, rows], rows)
-
-            torch.matmul(dy[images, :, rows], v.mT, out=grad)
-            db_w += grad.sum(dim=(0, 2, 3))
-            dw_w += _mix_gradient(grad, attn)
-            _mix(w_w.T, grad, out=mixed)
-            torch.ops.aten._softmax_backward_data(mixed, attn, -1, attn.dtype, grad_input=grad)
-            dw_l += _mix_gradient(grad, scores)
-            _mix(w_l.T, grad, out=mixed)
-            dq.copy_(mixed @ k)
-            _collect(dk, mixed.mT @ q, rows)
-        return (
-            dqkv,
-            None,
-            (dw_l * ctx.scale).to(w_l.dtype),
-            torch.zeros_like(b_l),
-            dw_w.to(w_w.dtype),
-            db_w.to(b_w.dtype),
-        )
+    y = _empty_output(qkv)
+    w_l, w_w = w_l.to(qkv.dtype), w_w.to(qkv.dtype)
+    offset = _offset(b_w, qkv[2])
+    for images, rows, q, (scores, attn) in _chunks(qkv, scale, num_buffers=2):
+        k, v = qkv[1:, images]
+        torch.matmul(q, k.mT, out=scores)
+        _mix(w_l, scores, out=attn)
+        torch.softmax(attn, dim=-1, out=scores)
+        _mix(w_w, scores, out=attn)
+        torch.add(attn @ v, offset[images], out=y[images, rows].transpose(1, 2))
+    return y
 
 
-def _chunks(qkv: Tensor, num_buffers: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Slices of the batch and of the queries and, for each, buffers (num_buffers, images, num_heads, rows, N)."""
-    _, B, H, N, _ = qkv.shape
+@torch.library.custom_op("oversmoothing::talking_heads_backward", mutates_args=())
+def talking_heads_backward(
+    dy: Tensor, qkv: Tensor, scale: float, w_l: Tensor, w_w: Tensor, b_w: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``qkv``, ``w_l``, ``w_w`` and ``b_w``, each in its tensor's dtype; ``dy`` as what forward returns."""
+    dy = dy.transpose(1, 2)
+    dqkv = torch.empty_like(qkv)
+    sum_dtype = _sum_dtype(qkv)
+    dw_l, dw_w = (torch.zeros_like(p, dtype=sum_dtype) for p in (w_l, w_w))
+    mix_l, mix_w = w_l.to(qkv.dtype), w_w.to(qkv.dtype)
+    db_w = torch.sum(dy.sum(dim=-2, dtype=sum_dtype) * qkv[2].sum(dim=-2, dtype=sum_dtype), dim=(0, 2))
+    dv_offset, nothing = _offset(b_w, dy), qkv.new_zeros(())
+    factor = _gradient_factor(qkv)
+    for images, rows, q, (scores, attn, mixed, grad) in _chunks(qkv, scale, num_buffers=4):
+        k, v = qkv[1:, images]
+        dq, (dk, dv) = dqkv[0, images, :, rows], dqkv[1:, images]
+        torch.matmul(q, k.mT, out=scores)
+        _mix(mix_l, scores, out=mixed)
+        torch.softmax(mixed, dim=-1, out=attn)
+        _mix(mix_w, attn, out=mixed)
+        _collect(dv, rows, dv_offset[images], mixed.mT @ dy[images, :, rows])
+
+        torch.matmul(dy[images, :, rows], v.mT, out=grad)
+        dw_w += _mix_gradient(grad, attn)
+        _mix(mix_w.T, grad, out=mixed)
+        _softmax_gradient(mixed, attn, factor, out=grad)
+        dw_l += _mix_gradient(grad, scores)
+        _mix(mix_l.T, grad, out=mixed)
+        torch.mul(mixed @ k, scale / factor, out=dq)
+        _collect(dk, rows, nothing, mixed.mT @ q, 1 / factor)
+    return dqkv, (dw_l / factor).to(w_l.dtype), dw_w.to(w_w.dtype), db_w.to(b_w.dtype)
+
+
+@talking_heads.register_fake
+def _empty_output(qkv: Tensor, *other: object) -> Tensor:
+    _, B, H, N, D = qkv.shape
+    return qkv.new_empty(B, N, H, D)
+
+
+@talking_heads_backward.register_fake
+def _(dy, qkv, scale, w_l, w_w, b_w):
+    return torch.empty_like(qkv), torch.empty_like(w_l), torch.empty_like(w_w), torch.empty_like(b_w)
+
+
+def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    qkv, ctx.scale, w_l, b_l, w_w, b_w = inputs
+    ctx.save_for_backward(qkv, w_l, b_l, w_w, b_w)
+
+
+def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    qkv, w_l, b_l, w_w, b_w = ctx.saved_tensors
+    dqkv, dw_l, dw_w, db_w = talking_heads_backward(dy, qkv, ctx.scale, w_l, w_w, b_w)
+    return dqkv, None, dw_l, torch.zeros_like(b_l), dw_w, db_w
+
+
+talking_heads.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _autocast(device_type: str):
+    def kernel(keyset, qkv: Tensor, *others):
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+        keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            if qkv.dtype != torch.float64:  # which autocast leaves alone
+                qkv = qkv.to(torch.get_autocast_dtype(device_type))
+            return talking_heads(qkv, *others)
+
+    return kernel
+
+
+# `torch.library.register_autocast` knows one precision; autocast's own is only known when the operator is called.
+_library = torch.library.Library("oversmoothing", "FRAGMENT")
+_library.impl("talking_heads", _autocast("cpu"), "AutocastCPU", with_keyset=True)
+_library.impl("talking_heads", _autocast("cuda"), "AutocastCUDA", with_keyset=True)
+
+
+def talking_heads_as_maps(qkv: Tensor, scale: float, w_l: Tensor, b_l: Tensor, w_w: Tensor, b_w: Tensor) -> Tensor:
+    """The operator's definition in torch's own operators, for files that have to run without this package."""
+    q, k, v = qkv.unbind(0)
+    attn = mix_heads(q * scale @ k.mT, w_l.to(qkv.dtype), b_l).softmax(dim=-1)
+    return (mix_heads(attn, w_w.to(qkv.dtype), b_w) @ v).transpose(1, 2).contiguous()
+
+
+# ---- its parts -------------------------------------------------------------------------------------------------------
+def _chunks(qkv: Tensor, scale: float, num_buffers: int) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Slices of the batch and of the queries; for each, ``scale`` times these queries, (images, num_heads, rows,
+    head_dim), and buffers (num_buffers, images, num_heads, rows, N).
+    """
+    _, B, H, N, D = qkv.shape
     limit = CPU_CHUNK_BYTES if qkv.device.type == "cpu" else CHUNK_BYTES
     row_bytes = H * N * qkv.element_size()
     images = max(1, min(B, limit // (N * row_bytes)))  # 1 for an empty batch too
@@ -149,11 +214,19 @@ def _chunks(qkv: Tensor, num_buffers: int) -> Iterator[tuple[slice, slice, Tenso
     for image in range(0, B, images):
         for row in range(0, N, rows):
             shape = min(images, B - image), H, min(rows, N - row), N
-            yield (
-                slice(image, image + images),
-                slice(row, row + rows),
-                scratch[:, : math.prod(shape)].view(num_buffers, *shape),
-            )
+            buffers = scratch[:, : math.prod(shape)].view(num_buffers, *shape)
+            chunk = slice(image, image + images), slice(row, row + rows)
+            q = qkv.new_empty(*shape[:3], D)
+            yield *chunk, torch.mul(qkv[0, chunk[0], :, chunk[1]], scale, out=q), buffers
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _offset(bias: Tensor, x: Tensor) -> Tensor:
+    """``bias`` times the sum over the tokens: (num_heads,), (B, num_heads, N, head_dim) -> (B, num_heads, 1, head_dim)."""
+    return bias[:, None, None] * x.sum(dim=-2, keepdim=True, dtype=_sum_dtype(x))
 
 
 def _mix(weight: Tensor, maps: Tensor, out: Tensor) -> Tensor:
@@ -165,11 +238,23 @@ def _mix_gradient(grad: Tensor, maps: Tensor) -> Tensor:
     return (grad.flatten(2) @ maps.flatten(2).mT).sum(dim=0)
 
 
-def _collect(total: Tensor, part: Tensor, rows: slice) -> None:
-    """Adds what a chunk of queries gives to the gradient of keys or values; the first one starts the sum."""
-    total.copy_(part) if rows.start == 0 else total.add_(part)
+def _gradient_factor(qkv: Tensor) -> float:
+    """By what the gradient of the scores is multiplied until the maps are gone; a power of two, so nothing is rounded.
+
+    An entry of a map is about 1 / N, which takes such gradients below what float16 can hold.
+    """
+    return 2.0 ** round(math.log2(max(1, qkv.shape[3]))) if qkv.element_size() == 2 else 1.0
 
 
-def runs_eagerly(x: Tensor) -> bool:
-    """Whether an operator called now computes; False where it is only recorded, for a compiler or an exporter."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy))
+def _softmax_gradient(grad: Tensor, attn: Tensor, factor: float, out: Tensor) -> None:
+    """``factor`` times the gradient of the softmax's input; ``grad`` is overwritten."""
+    if grad.device.type == "cpu" and factor == 1:  # one pass; on CUDA it would make another buffer, in half precision
+        torch.ops.aten._softmax_backward_data(grad, attn, -1, attn.dtype, grad_input=out)
+        return
+    torch.addcmul(grad.new_zeros(()), attn, grad, value=factor, out=grad)
+    torch.addcmul(grad, attn, grad.sum(dim=-1, keepdim=True, dtype=_sum_dtype(grad)), value=-1, out=out)
+
+
+def _collect(total: Tensor, rows: slice, start: Tensor, part: Tensor, alpha: float = 1.0) -> None:
+    """Adds what a chunk of queries gives to the gradient of keys or values; the first one starts from ``start``."""
+    torch.add(start if rows.start == 0 else total, part, alpha=alpha, out=total)
