@@ -30,6 +30,7 @@ import datasets
 import entry
 import models  # noqa: F401  (registers the zoo with timm)
 from options import ArgumentError, KeyValues
+from oversmoothing.fused.talking_heads import talking_heads_as_maps
 from oversmoothing.weights import (
     CheckpointError,
     ModelError,
@@ -214,6 +215,7 @@ def write_and_compare(model: nn.Module, about: dict[str, Any], path: Path) -> di
     any_batch = ({0: torch.export.Dim("batch")},)
     try:
         program = torch.export.export(model, (torch.randn(2, *shape),), dynamic_shapes=any_batch)
+        # An operator of ours would have to be imported before the file can be loaded.
         program = program.run_decompositions({torch.ops.oversmoothing.talking_heads.default: talking_heads_as_maps})
         exported = write_onnx(program, path, about["opset"]) if path.suffix == ".onnx" else write_pt2(program, path)
     except RuntimeError as error:  # what torch's exporters raise

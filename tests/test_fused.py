@@ -219,17 +219,83 @@ def test_talking_heads_equal_the_definition(
         assert_same(values_and_gradients(attn, attn, x), definition)
 
 
+def random_talking_heads(
+    dtype: torch.dtype, tokens: int = TOKENS
+) -> tuple[Tensor, float, Tensor, Tensor, Tensor, Tensor]:
+    """Arguments of the operator: two images, two heads of three channels."""
+    qkv = torch.randn(3, 2, 2, tokens, 3, dtype=dtype, requires_grad=True)
+    return qkv, 0.5, *(torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((2, 2), (2,), (2, 2), (2,)))
+
+
 def test_talking_heads_gradients_equal_finite_differences() -> None:
-    qkv = torch.randn(3, 2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
-    weights = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 2), (2,), (2, 2), (2,))]
-    assert torch.autograd.gradcheck(lambda qkv, *w: talking_heads.talking_heads(qkv, 0.5, *w), (qkv, *weights))
+    assert torch.autograd.gradcheck(talking_heads.talking_heads, random_talking_heads(torch.float64, tokens=4))
 
 
-def test_talking_heads_keep_no_map_for_backward() -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_talking_heads_keep_no_map_for_backward(compiled: bool) -> None:
     attn, x, shapes = AttnScaleTalkingHeadAttn(DIM, HEADS), torch.randn(2, 50, DIM), []
+    call = torch.compile(attn, backend="aot_eager", fullgraph=True) if compiled else attn
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
-        attn(x)
-    assert not any(shape.numel() >= HEADS * 50 * 50 for shape in shapes)
+        call(x).sum().backward()
+    assert shapes and not any(shape.numel() >= HEADS * 50 * 50 for shape in shapes)
+
+
+def test_talking_heads_are_an_operator_that_compilers_understand() -> None:
+    arguments = random_talking_heads(torch.float64, tokens=4)
+    assert set(torch.library.opcheck(talking_heads.talking_heads, arguments).values()) == {"SUCCESS"}
+
+
+def test_exported_programs_keep_the_operator() -> None:
+    program = torch.export.export(AttnScaleTalkingHeadAttn(DIM, HEADS), (torch.randn(2, TOKENS, DIM),))
+    assert torch.ops.oversmoothing.talking_heads.default in [node.target for node in program.graph.nodes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_talking_heads_follow_autocast(dtype: torch.dtype) -> None:
+    qkv, *others = random_talking_heads(torch.float32)
+    with torch.autocast("cpu", dtype):
+        y = talking_heads.talking_heads(qkv, *others)
+    assert torch.equal(y, talking_heads.talking_heads(qkv.to(dtype), *others)) and y.dtype == dtype
+    y.sum().backward()
+    assert others[1].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("rms", [1e-1, 1e-4])
+def test_half_precision_gradients_of_talking_heads_are_as_good_as_timms(rms: float) -> None:
+    """While LayerScale is small, gradients are at float16's lower end."""
+    qkv, scale, *mixings = random_talking_heads(torch.float32, tokens=196)
+
+    def gradients(dtype: torch.dtype, function: Callable[..., Tensor], half: bool) -> list[Tensor]:
+        tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in (qkv, *mixings)]
+        inputs = tensors[0].half().to(dtype) if not half else tensors[0].half(), scale, *tensors[1:]
+        y = function(*inputs)
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).mul(rms).half()
+        found = torch.autograd.grad(y, tensors, weights.to(y.dtype), materialize_grads=True)
+        return [*found[0].unbind(0), *(found[i] for i in (1, 3, 4))]
+
+    def timms(qkv: Tensor, scale: float, *mixings: Tensor) -> Tensor:
+        q, k, v = qkv.unbind(0)
+        w_l, b_l, w_w, b_w = (tensor.to(qkv.dtype) for tensor in mixings)
+        attn = nn.functional.linear((q * scale @ k.mT).permute(0, 2, 3, 1), w_l, b_l).permute(0, 3, 1, 2)
+        attn = attn.softmax(-1, dtype=torch.promote_types(qkv.dtype, torch.float32)).to(qkv.dtype)
+        attn = nn.functional.linear(attn.permute(0, 2, 3, 1), w_w, b_w).permute(0, 3, 1, 2)
+        return (attn @ v).transpose(1, 2)
+
+    exact = gradients(torch.float64, timms, half=False)
+    ours, theirs = (
+        [
+            float((a.double() - b).norm() / b.norm())
+            for a, b in zip(gradients(torch.float32, f, True), exact, strict=True)
+        ]
+        for f in (talking_heads.talking_heads, timms)
+    )
+    assert all(a < max(1.2 * b, 2e-3) for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+def test_dense_maps_keep_their_precision_beside_float32_weights() -> None:
+    maps, weight, bias = torch.randn(2, HEADS, 5, 5).half(), torch.randn(HEADS, HEADS), torch.randn(HEADS)
+    with torch.autocast("cpu", torch.float16):
+        assert talking_heads.mix_heads(maps.float(), weight, bias).dtype == torch.float16
 
 
 def test_the_bias_that_cancels_gets_a_zero_gradient() -> None:

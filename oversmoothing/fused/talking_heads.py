@@ -5,8 +5,8 @@ heads to the last axis of [B, H, N, N] and back, twice, and keeps the maps befor
 is one small matrix on [B, H, N * N], and the maps live in a scratch buffer, a few images or some rows of one at a time:
 forward keeps only its input, backward makes the maps again.
 
-It is an operator of torch, ``torch.ops.oversmoothing.talking_heads``, so ``torch.compile`` and ``torch.export`` keep it as
-it is.
+It is an operator of torch, ``torch.ops.oversmoothing.talking_heads``, so ``torch.compile`` and ``torch.export`` keep it
+as it is.
 """
 
 import math
@@ -120,7 +120,7 @@ def talking_heads(qkv: Tensor, scale: float, w_l: Tensor, b_l: Tensor, w_w: Tens
 def talking_heads_backward(
     dy: Tensor, qkv: Tensor, scale: float, w_l: Tensor, w_w: Tensor, b_w: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``qkv``, ``w_l``, ``w_w`` and ``b_w``, each in its tensor's dtype; ``dy`` as what forward returns."""
+    """Gradients of ``qkv``, ``w_l``, ``w_w`` and ``b_w``, each in its tensor's dtype; ``dy``: of what forward returns."""
     dy = dy.transpose(1, 2)
     dqkv = torch.empty_like(qkv)
     sum_dtype = _sum_dtype(qkv)
@@ -225,7 +225,7 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 
 
 def _offset(bias: Tensor, x: Tensor) -> Tensor:
-    """``bias`` times the sum over the tokens: (num_heads,), (B, num_heads, N, head_dim) -> (B, num_heads, 1, head_dim)."""
+    """``bias`` (num_heads,) times the sum of ``x`` over the N tokens: (B, num_heads, N, D) -> (B, num_heads, 1, D)."""
     return bias[:, None, None] * x.sum(dim=-2, keepdim=True, dtype=_sum_dtype(x))
 
 
