@@ -59,6 +59,9 @@ AUTO_AUGMENT_FAMILIES = ("rand", "augmix", "original", "originalr", "v0", "v0r",
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 MAX_JSON, MAX_IDX = 1 << 30, 64 << 20  # bytes of iNaturalist's annotations, and of one of Fashion-MNIST's files
 MAX_ASPECT = 100  # of the longer side to the shorter, which an evaluation resizes to 256 pixels
+# Pillow's own limit for a picture is 179 million pixels, 1.4 GB while it is converted. No picture of more than
+# PLAIN_PIXELS has less than a byte for so many of them, other than one that is made to take memory.
+PLAIN_PIXELS, PIXELS_A_BYTE = 1 << 24, 1000
 
 
 File = str | Member
@@ -144,6 +147,8 @@ def open_image(path: File) -> Image.Image:
         shorter, longer = sorted(image.size)
         if longer > MAX_ASPECT * shorter:
             raise ValueError(f"it has {image.size[0]} x {image.size[1]} pixels, more than {MAX_ASPECT} to 1")
+        if shorter * longer > max(PLAIN_PIXELS, PIXELS_A_BYTE * len(content)):
+            raise ValueError(f"{len(content)} bytes declare {image.size[0]} x {image.size[1]} pixels")
         return image
 
 
@@ -163,6 +168,7 @@ def _explain_image_errors(path: File) -> Iterator[None]:
     with warnings.catch_warnings():
         # Broken EXIF blocks and odd TIFF tags do not touch the pixels, and ImageNet has hundreds of them.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it has limits of its own
         try:
             yield
         except MemoryError:  # not the file's fault: sizes are limited

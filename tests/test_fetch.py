@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,53 @@ def test_a_broken_download_is_an_error_once_and_not_for_ever(server: tuple[str, 
     torch.save({"weight": torch.ones(2)}, served / "x-00000000.pth")
     with pytest.raises(CheckpointError, match="the download failed .*hash"):
         read_checkpoint(f"{address}/x-00000000.pth")
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth", "x-{digest}.pth"])
+def test_a_kept_download_is_checked_each_time(
+    name: str, server: tuple[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    address, served = server
+    torch.save({"weight": torch.ones(2)}, served / "content")
+    content = (served / "content").read_bytes()
+    name = name.format(digest=hashlib.sha256(content).hexdigest()[:8])
+    (served / name).write_bytes(content)
+    path = fetch.local_file(f"{address}/{name}")
+    assert path.read_bytes() == content and fetch.local_file(f"{address}/{name}") == path
+    damaged = bytearray(content)
+    damaged[len(content) // 2] ^= 1
+    path.write_bytes(damaged)
+    assert fetch.local_file(f"{address}/{name}").read_bytes() == content
+    assert "is damaged: downloading it again" in caplog.text
+    path.write_bytes(damaged)
+    (served / name).unlink()
+    with pytest.raises(CheckpointError, match="the download failed .*404"):
+        read_checkpoint(f"{address}/{name}")
+
+
+def test_a_server_that_breaks_off_or_never_answers_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: tuple[str, Path]
+) -> None:
+    class Hostile(QuietHandler):
+        def do_GET(self) -> None:
+            if "silent" in self.path:
+                time.sleep(2)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(bytes(100))
+            self.close_connection = True
+
+    monkeypatch.setattr(fetch, "TIMEOUT_S", 0.2)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hostile) as instance:
+        threading.Thread(target=instance.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{instance.server_address[1]}"
+        for path, message in (("cut.pth", "100 of 1000 bytes came|IncompleteRead"), ("silent.pth", "timed out")):
+            with pytest.raises(CheckpointError, match=rf"/{path}: the download failed .*({message})"):
+                read_checkpoint(f"{address}/{path}")
+        instance.shutdown()
+    assert not list(Path(torch.hub.get_dir()).rglob("*.p*"))
 
 
 # ---- the Hub ----

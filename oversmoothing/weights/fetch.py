@@ -12,7 +12,8 @@ import http.client
 import logging
 import os
 import re
-import sys
+import tempfile
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
@@ -39,6 +40,7 @@ HUB_ADDRESS = re.compile(
 # What a Hub address without a file means: the first of these, else the only file with such an ending.
 USUAL_FILES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth", "best_checkpoint.pth")
 WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar")
+TIMEOUT_S = 60  # without a byte from a server
 ANOTHER_WAY = "or download the file by other means and pass its path"
 
 
@@ -77,21 +79,56 @@ def forget(address: str | Path, path: Path) -> None:
 
 
 def _from_url(url: str) -> Path:
-    name = Path(urlparse(url).path).name or "checkpoint"
+    """The download of a URL, compared with its SHA-256 each time: a file kept for months may have lost a bit.
+
+    Names that hold the beginning of it, as deit_small_patch16_224-cd65a155.pth, are kept as they are, where torch.hub
+    keeps them; others, many of which are called checkpoint.pth, under their URL, with all of it before the name.
+    """
+    name = Path(urlparse(url).path).name[-100:] or "checkpoint"
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    hash_prefix = re.search(r"-([a-f0-9]{8,})\.", name)  # the field's naming: deit_small_patch16_224-cd65a155.pth
-    if hash_prefix is None:  # many checkpoints are called checkpoint.pth
+    named = re.search(r"-([a-f0-9]{8,})\.", name)
+    if named:
+        kept = [(folder / name, named[1])]
+    else:
         folder = folder / hashlib.sha256(url.encode()).hexdigest()[:16]
-    path = folder / name
-    if path.exists():
-        return path
+        kept = [(path, path.name[:64]) for path in folder.glob(f"{'[0-9a-f]' * 64}-*")]
+    for path, digest in kept:
+        if path.is_file():
+            if _sha256(path).startswith(digest):
+                return path
+            logger.warning(f"{path}, kept of {url}, is damaged: downloading it again")
+            path.unlink()
+    part = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        prefix = hash_prefix and hash_prefix.group(1)
-        torch.hub.download_url_to_file(url, str(path), prefix, progress=sys.stderr.isatty())
+        with (
+            urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer,
+            tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file,
+        ):
+            part = Path(file.name)
+            logger.info(f"downloading {url}")
+            while block := answer.read(1 << 20):
+                file.write(block)
+            length = answer.headers.get("Content-Length")
+            if length is not None and file.tell() != int(length):
+                raise ValueError(f"{file.tell()} of {length} bytes came")
+        digest = _sha256(part)
+        if named and not digest.startswith(named[1]):
+            raise ValueError(f"its SHA-256 begins with {digest[: len(named[1])]}, the hash in its name is another")
+        return part.replace(folder / (name if named else f"{digest}-{name}"))
     except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
         raise FetchError(f"{url}: the download failed ({_brief(error)}): check the address, {ANOTHER_WAY}") from error
-    return path
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def _from_hub(address: str, cache_dir: str | Path | None) -> Path:
@@ -164,11 +201,7 @@ def _check_digest(address: str, path: Path) -> None:
     digest = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
     if not re.fullmatch("[0-9a-f]{64}", digest):
         return
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    if found.hexdigest() != digest:
+    if _sha256(path) != digest:
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         raise FetchError(
