@@ -1,4 +1,4 @@
-"""Damaged images: every one is read as RGB or is a ``BadImageError``, in time, without a signal or a flood of memory."""
+"""Damaged images: each is read as RGB or is a ``BadImageError``, in time, without a signal or a flood of memory."""
 
 import io
 import itertools

@@ -120,7 +120,7 @@ def talking_heads(qkv: Tensor, scale: float, w_l: Tensor, b_l: Tensor, w_w: Tens
 def talking_heads_backward(
     dy: Tensor, qkv: Tensor, scale: float, w_l: Tensor, w_w: Tensor, b_w: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``qkv``, ``w_l``, ``w_w`` and ``b_w``, each in its tensor's dtype; ``dy``: of what forward returns."""
+    """Gradients of ``qkv``, ``w_l``, ``w_w`` and ``b_w``, each in its dtype; ``dy``: of what forward returns."""
     dy = dy.transpose(1, 2)
     dqkv = torch.empty_like(qkv)
     sum_dtype = _sum_dtype(qkv)
