@@ -4,14 +4,40 @@ The class-attention blocks get no remedy. Names keep the capital letters of the 
 which also keeps them apart from timm's own (``cait_s24_224``).
 """
 
-from timm.models.cait import Cait, checkpoint_filter_fn
+from collections.abc import Hashable, Iterator
 
+from timm.models.cait import Cait, checkpoint_filter_fn
+from torch import Tensor, jit
+
+from oversmoothing.fused.folding import Foldable, foldables, share_folds
 from oversmoothing.remedies.attnscale import AttnScaleTalkingHeadAttn
 from oversmoothing.remedies.featscale import FeatScaleLayerScaleBlock
 
 from .registry import data_configs, register_variants
 
-__all__ = ["Cait"]  # registration adds the name of each variant
+__all__ = ["CaiT"]  # registration adds the name of each variant
+
+
+class CaiT(Cait):
+    """timm's ``Cait``, whose patch self-attention blocks have what remedies fold into them made together."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> logits (B, num_classes)."""
+        if not jit.is_scripting():
+            return self._forward_eagerly(x)
+        return self.forward_head(self.forward_features(x))
+
+    @jit.unused
+    def _forward_eagerly(self, x: Tensor) -> Tensor:
+        with share_folds(() if self.grad_checkpointing else self._foldables(), x):
+            return super().forward(x)
+
+    def _foldables(self) -> Iterator[tuple[Hashable, Foldable]]:
+        yield from foldables(self.blocks)
+        num_tokens = self.patch_embed.num_patches
+        for block in self.blocks:
+            if isinstance(block.attn, AttnScaleTalkingHeadAttn):
+                yield (block.attn, num_tokens), block.attn.foldable_mixing(num_tokens)
 
 
 _PLAIN: dict = {}
@@ -72,4 +98,4 @@ _VARIANTS = {
 }
 
 default_cfgs = data_configs(_VARIANTS, crop_pct=1.0, paper=("arXiv:2103.17239", "Going deeper with Image Transformers"))
-register_variants(__name__, _VARIANTS, Cait, checkpoint_filter_fn)
+register_variants(__name__, _VARIANTS, CaiT, checkpoint_filter_fn)

@@ -5,9 +5,9 @@ from functools import partial
 from timm.layers import trunc_normal_, use_fused_attn
 from timm.models import checkpoint
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
-from torch import Tensor, cat, fx, jit
+from torch import Tensor, fx, jit
 
-from oversmoothing.fused.folding import FoldedAttention, has_hooks
+from oversmoothing.fused.folding import FoldedAttention, any_hooks, foldables, share_folds
 from oversmoothing.remedies.attnscale import AttnScaleAttention
 from oversmoothing.remedies.featscale import FeatScaleBlock
 
@@ -47,9 +47,15 @@ class DeiT(VisionTransformer):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images (B, 3, H, W) -> logits (B, num_classes)."""
         if not jit.is_scripting():
+            return self._forward_eagerly(x, attn_mask, is_causal)
+        return self.forward_head(self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal))
+
+    @jit.unused
+    def _forward_eagerly(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        with share_folds(() if self.grad_checkpointing else foldables(self.blocks), x):
             if self._reads_prefix_only(x) and attn_mask is None and not is_causal:
                 return self._forward_prefix(x)
-        return self.forward_head(self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal))
+            return self.forward_head(self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal))
 
     @jit.unused
     def _reads_prefix_only(self, x: Tensor) -> bool:
@@ -61,24 +67,20 @@ class DeiT(VisionTransformer):
             and len(self.blocks) > 1
             and type(last) in (Block, FeatScaleBlock)
             and not isinstance(x, fx.Proxy)
-            and not any(has_hooks(module) for module in (*last.modules(), *self.norm.modules()))
+            and not any_hooks(last)
+            and not any_hooks(self.norm)
         )
 
     @jit.unused
     def _forward_prefix(self, x: Tensor) -> Tensor:
-        [(patch_tokens, prefix_tokens)] = self.forward_intermediates(
-            x,
-            indices=[len(self.blocks) - 2],
-            stop_early=True,
-            intermediates_only=True,
-            return_prefix_tokens=True,
-            output_fmt="NLC",
-        )
-        x = cat([prefix_tokens, patch_tokens], dim=1)
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
         if self.grad_checkpointing:
-            x = checkpoint(first_tokens, self.blocks[-1], x, self.num_prefix_tokens)
+            x = checkpoint(first_tokens, last, x, self.num_prefix_tokens)
         else:
-            x = first_tokens(self.blocks[-1], x, self.num_prefix_tokens)
+            x = first_tokens(last, x, self.num_prefix_tokens)
         return self.forward_head(self.norm(x))
 
 

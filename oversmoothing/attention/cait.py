@@ -5,13 +5,13 @@ from timm.layers import use_fused_attn
 from timm.models.cait import TalkingHeadAttn
 from torch import Tensor
 
-from ..fused.talking_heads import FusedTalkingHeadAttn, TalkingHeads, mix_heads, runs_eagerly
+from ..fused.talking_heads import FusedTalkingHeadAttn, mix_heads, recorded, talking_heads
 from .heads import Heads
 from .kinds import Kind, dropout_of, register_kind
 
 
 class TalkingHeadsHeads(Heads):
-    """``A = W_w softmax(W_l S) + b_w``; ``fused`` is by ``TalkingHeads``, which makes no map but on scratch memory."""
+    """``A = W_w softmax(W_l S) + b_w``; ``fused`` is by ``talking_heads``, which makes no map but on scratch memory."""
 
     def apply(self, values: Tensor) -> Tensor:
         """(B, H, N, D) -> (B, H, N, D)."""
@@ -21,7 +21,7 @@ class TalkingHeadsHeads(Heads):
         if values is not self.v:
             qkv = torch.stack((self.q, self.k, values))
         mixings = attn.proj_l.weight, attn.proj_l.bias, attn.proj_w.weight, attn.proj_w.bias
-        return TalkingHeads.apply(qkv, self.scale, *(p.to(qkv.dtype) for p in mixings)).transpose(1, 2)
+        return talking_heads(qkv, self.scale, *mixings).transpose(1, 2)
 
     def softmax_maps(self) -> Tensor:
         """(B, H, N, N), between the mixings: rows sum to one."""
@@ -43,6 +43,6 @@ class TalkingHeadsKind(Kind):
     def split(self, attn: TalkingHeadAttn, x: Tensor) -> Heads:
         """x: (B, N, C)."""
         dropout = dropout_of(attn)
-        fused = getattr(attn, "fused_attn", use_fused_attn()) and runs_eagerly(x) and dropout == 0
+        fused = getattr(attn, "fused_attn", use_fused_attn()) and not recorded(x) and dropout == 0
         qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return TalkingHeadsHeads(x, *qkv.unbind(0), attn.scale, dropout=dropout, fused=fused, context=(attn, qkv))

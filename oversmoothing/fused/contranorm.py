@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .talking_heads import runs_eagerly
+from .talking_heads import recorded
 
 
 def can_mix(x: Tensor, tau: float) -> bool:
@@ -20,7 +20,7 @@ def can_mix(x: Tensor, tau: float) -> bool:
     It does eagerly, without autocast, on maps no larger than the tokens, where ``exp(1 / tau)`` is far from overflow.
     """
     full = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
-    return full and x.shape[1] <= x.shape[2] and tau >= 0.02 and runs_eagerly(x)
+    return full and x.shape[1] <= x.shape[2] and tau >= 0.02 and not (recorded(x) or torch.compiler.is_compiling())
 
 
 class ContraMixing(torch.autograd.Function):

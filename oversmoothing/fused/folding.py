@@ -1,13 +1,20 @@
 """Folding: what is affine in an attention layer's output costs nothing if its projection does it.
 
 Both remedies scale the attention branch and add one vector an image. ``proj`` is affine too, so the two compose into
-one projection with another weight (C x C numbers, made anew in every step: parameters are never rewritten) and, in
-place of the bias, an offset of shape (B, 1, C). Backward keeps no further tensor over the tokens.
+one projection with another weight (made anew in every step: parameters are never rewritten) and, in place of the bias,
+one vector an image. Backward keeps no further tensor over the tokens.
 
-A layer that can be folded into has ``unprojected(x, ...) -> (heads, weight, offset)``, with
-``affine(heads, weight, offset)`` its output before ``proj_drop``. ``set_fused`` turns this and every other fast
-path of this package off and on.
+A layer that can be folded into has ``unprojected(x, ...) -> (heads, means)``, what ``Fold.project`` takes, and
+``foldable()``, what its ``Fold`` is made of. ``set_fused`` turns this and every other fast path of this package off and
+on.
 """
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,16 +48,156 @@ def has_hooks(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
+def any_hooks(module: nn.Module) -> bool:
+    """Whether somebody listens to ``module`` or to a part of it."""
+    return has_hooks(module) or any(any_hooks(part) for part in module._modules.values() if part is not None)
+
+
 def can_fold(attn: nn.Module) -> bool:
     """Whether ``attn.proj`` is nothing but its weight and bias: not wrapped (LoRA), parametrised or hooked."""
     return attn.fused_attn and type(attn.proj) is nn.Linear and not has_hooks(attn.proj)
 
 
-def affine(x: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor:
-    """``x weight^T + offset``: (B, N, C_in) -> (B, N, C_out); offset is None, (C_out,) or (B, 1, C_out)."""
-    if offset is None or isinstance(offset, nn.Parameter):  # a bias as it is
-        return F.linear(x, weight, offset)
-    return F.linear(x, weight).add_(offset)  # in place: backward does not need what linear returned
+class Fold(NamedTuple):
+    """A projection with everything affine that follows it: ``heads weight^T + means of_means^T + bias``.
+
+    Or the projections of L layers: each tensor has L as its first size.
+
+    Attributes:
+        weight: Shape (C, C_in).
+        of_means: Shape (C, K C_in), acts on K vectors an image; None for K = 0.
+        bias: Shape (C,), or None.
+    """
+
+    weight: Tensor
+    of_means: Tensor | None
+    bias: Tensor | None
+
+    def project(self, heads: Tensor, means: Tensor | None) -> Tensor:
+        """(B, N, C_in) and, for K > 0, (B, K C_in) -> (B, N, C)."""
+        if self.of_means is None:
+            return F.linear(heads, self.weight, self.bias)
+        offset = F.linear(means, self.of_means, self.bias)
+        return F.linear(heads, self.weight).add_(offset.unsqueeze(1))  # in place: backward needs no linear's output
+
+
+class Gains(NamedTuple):
+    """What remedies do to a projection, as factors; of L layers with L as first size. None: factor one.
+
+    Attributes:
+        weight: Shape (C or 1, num_heads or 1): of each channel and each head's columns.
+        of_means: The same for the weight's copy that acts on each mean.
+        bias: Shape (C,).
+        shift: Added to the bias, shape (C,).
+    """
+
+    weight: Tensor | None = None
+    of_means: tuple[Tensor, ...] = ()
+    bias: Tensor | None = None
+    shift: Tensor | None = None
+
+
+class Foldable(NamedTuple):
+    """What a fold is made of: a projection, and ``gains(*settings, *parameters)``; tensors may be those of L layers.
+
+    Attributes:
+        gains: Makes the ``Gains``.
+        settings: The same for all layers whose folds are made together.
+        weight: Shape (C, C_in).
+        bias: Shape (C,), or None.
+        parameters: Those of the remedies.
+        num_heads: Of the gains; 1 where none has heads.
+    """
+
+    gains: Callable[..., Gains]
+    settings: tuple
+    weight: Tensor
+    bias: Tensor | None
+    parameters: tuple[Tensor, ...] = ()
+    num_heads: int = 1
+
+    def make(self) -> Fold:
+        """The fold. Its products have one factor in common, which is all that backward keeps of them."""
+        gains = self.gains(*self.settings, *self.parameters)
+        bias = self.bias
+        if bias is not None and gains.bias is not None:
+            bias = gains.bias.to(bias.dtype) * bias
+        if bias is not None and gains.shift is not None:
+            bias = bias + gains.shift.to(bias.dtype)
+        of_means = [self._times(gain) for gain in gains.of_means]
+        of_means = torch.cat(of_means, dim=-1) if len(of_means) > 1 else of_means[0] if of_means else None
+        return Fold(self.weight if gains.weight is None else self._times(gains.weight), of_means, bias)
+
+    def _times(self, gain: Tensor) -> Tensor:
+        gain = gain.to(self.weight.dtype)
+        if self.num_heads == 1:
+            return self.weight * gain
+        return (self.weight.unflatten(-1, (self.num_heads, -1)) * gain.unsqueeze(-1)).flatten(-2)
+
+
+_shared: ContextVar[Mapping[Hashable, Fold]] = ContextVar("_shared", default=MappingProxyType({}))
+
+
+def shared_fold(key: Hashable) -> Fold | None:
+    """What ``share_folds`` made for ``key``; None outside of it, and for compilers, which fuse what each layer does."""
+    return None if torch.compiler.is_compiling() else _shared.get().get(key)
+
+
+def folded(layer: nn.Module) -> Fold | None:
+    """The fold of ``layer``; None where it cannot be folded."""
+    fold = shared_fold(layer)
+    if fold is None and (foldable := layer.foldable()) is not None:
+        fold = foldable.make()
+    return fold
+
+
+def foldables(blocks: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Foldable]]:
+    """The blocks that can be folded, or their ``attn``, for ``share_folds``."""
+    for block in blocks:
+        for layer in (block, getattr(block, "attn", None)):
+            if hasattr(layer, "foldable") and (foldable := layer.foldable()) is not None:
+                yield layer, foldable
+                break
+
+
+@contextmanager
+def share_folds(foldables: Iterable[tuple[Hashable, Foldable]], x: Tensor) -> Iterator[None]:
+    """Makes, for the context, the folds that are alike together: as many operators for all layers as for one.
+
+    On a GPU a small batch waits for the host, whose time goes by the number of operators. The values are the same. The
+    gradients of these parameters come together at the end of backward, where DDP sends them. Gradient checkpointing
+    would run the layers again outside of the context: not for it.
+
+    Args:
+        foldables: What to make, each with the key under which its layer looks for it.
+        x: The model's input: its device and, under autocast, the precision of the folds.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
+        yield
+        return
+    alike = defaultdict(dict)
+    for key, foldable in foldables:
+        gains, settings, weight, bias, parameters, num_heads = foldable
+        tensors = (weight, *parameters) if bias is None else (weight, bias, *parameters)
+        # Other tensors, such as shards of a parameter, may only be touched in their layer.
+        if parameters and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors):
+            shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+            alike[gains, settings, num_heads, bias is None, shapes][key] = foldable
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else None
+    shared = {}
+    for (gains, settings, num_heads, no_bias, _), group in alike.items():
+        _, _, weights, biases, parameters, _ = zip(*group.values(), strict=True)
+        biases = None if no_bias else torch.stack(biases)
+        parameters = tuple(torch.stack(tensors) for tensors in zip(*parameters, strict=True))
+        fold = Foldable(gains, settings, torch.stack(weights), biases, parameters, num_heads).make()
+        each = ([None] * len(group) if t is None else t.to(dtype or t.dtype).unbind() for t in fold)
+        shared |= {key: Fold(*tensors) for key, *tensors in zip(group, *each, strict=True)}
+    token = _shared.set(shared)
+    try:
+        yield
+    finally:
+        _shared.reset(token)
 
 
 class FoldedAttention(Attention):
@@ -60,36 +207,48 @@ class FoldedAttention(Attention):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, num_queries: int | None = None
     ) -> Tensor:
         """(B, N, C) -> (B, N, C), or (B, num_queries, C): what the first ``num_queries`` tokens get, without a mask."""
+        if not torch.jit.is_scripting():
+            fold = folded(self)
+            if fold is not None:
+                heads, v = self.heads(x, attn_mask, is_causal, num_queries, True)
+                return self.proj_drop(fold.project(heads, self.means(v)))
         heads, v = self.heads(x, attn_mask, is_causal, num_queries)
-        if torch.jit.is_scripting():
-            return self.proj_drop(self.proj(heads))
-        if not can_fold(self):
-            return self.proj_drop(self.proj(heads))
-        weight, offset = self.projection(v)
-        return self.proj_drop(affine(heads, weight, offset))
+        return self.proj_drop(self.proj(heads))
 
     def unprojected(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(B, N, C) -> heads (B, N, attn_dim), weight (C, attn_dim) and offset for ``affine``."""
-        heads, v = self.heads(x, attn_mask, is_causal)
-        return heads, *self.projection(v)
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, N, C) -> what ``Fold.project`` takes: heads (B, N, attn_dim), and means."""
+        heads, v = self.heads(x, attn_mask, is_causal, None, True)
+        return heads, self.means(v)
 
     def heads(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, num_queries: int | None = None
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        num_queries: int | None = None,
+        folded: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The input of the projection, (B, num_queries or N, attn_dim), and the values, (B, num_heads, N, head_dim)."""
         B, N, _ = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q[:, :, :num_queries]), self.k_norm(k)
-        y = self.attend(q, k, v, attn_mask, is_causal).transpose(1, 2).flatten(2)
+        if num_queries is not None:
+            q = q[:, :, :num_queries]
+        q, k = self.q_norm(q), self.k_norm(k)
+        y = self.attend(q, k, v, attn_mask, is_causal, folded).transpose(1, 2).flatten(2)
         y = self.norm(y)
         if self.gate is not None:
             y = y * self.gate(x[:, :num_queries]).sigmoid()
         return y, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        """Attention per head: q (B, num_heads, Q, head_dim), k and v over N tokens -> the shape of q."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, folded: bool
+    ) -> Tensor:
+        """Attention per head: q (B, num_heads, Q, head_dim), k and v over N tokens -> the shape of q.
+
+        With ``folded`` without what ``foldable`` puts into the projection.
+        """
         if self.fused_attn:
             dropout = self.attn_drop.p if self.training else 0.0
             return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
@@ -101,6 +260,10 @@ class FoldedAttention(Attention):
         mask = resolve_self_attn_mask(k.shape[-2], attn, attn_mask, is_causal)
         return maybe_add_mask(attn, mask).softmax(dim=-1)  # timm's function, so that fx does not look into the choice
 
-    def projection(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight and offset of the projection; a remedy that acts on the heads folds itself in here."""
-        return self.proj.weight, self.proj.bias
+    def foldable(self) -> Foldable | None:
+        """The projection; a remedy that acts on the heads folds itself in here."""
+        return Foldable(Gains, (), self.proj.weight, self.proj.bias) if can_fold(self) else None
+
+    def means(self, v: Tensor) -> Tensor | None:
+        """The vectors that act through ``Fold.of_means``, made of the values (B, num_heads, N, head_dim)."""
+        return None

@@ -17,6 +17,8 @@ from timm.layers import use_fused_attn
 from timm.models.cait import TalkingHeadAttn
 from torch import Tensor
 
+from .folding import Foldable, Gains, can_fold
+
 # Size of one scratch buffer. On a CPU the four of backward should stay in the cache (of 32 MB where it was measured);
 # elsewhere a chunk only has to be large enough that launching its kernels does not count (a guess, not measured:
 # `python scripts/check_gpu.py --only chunk` measures it).
@@ -53,9 +55,14 @@ class FusedTalkingHeadAttn(TalkingHeadAttn):
         """(B, N, C) -> (B, N, C)."""
         return self.proj_drop(self.proj(self.heads(x)))
 
-    def unprojected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(B, N, C) -> heads (B, N, C), weight (C, C) and bias (C,) of the projection, for ``folding.affine``."""
-        return self.heads(x), self.proj.weight, self.proj.bias
+    def unprojected(self, x: Tensor) -> tuple[Tensor, None]:
+        """(B, N, C) -> what ``folding.Fold.project`` takes: heads (B, N, C), and no means."""
+        return self.heads(x), None
+
+    @torch.jit.unused
+    def foldable(self) -> Foldable | None:
+        """The projection."""
+        return Foldable(Gains, (), self.proj.weight, self.proj.bias) if can_fold(self) else None
 
     def heads(self, x: Tensor) -> Tensor:
         """The input of the projection, (B, N, C)."""
@@ -105,7 +112,7 @@ def talking_heads(qkv: Tensor, scale: float, w_l: Tensor, b_l: Tensor, w_w: Tens
     """
     y = _empty_output(qkv)
     w_l, w_w = w_l.to(qkv.dtype), w_w.to(qkv.dtype)
-    offset = _offset(b_w, qkv[2])
+    offset = b_w[:, None, None] * _sum_tokens(qkv[2])
     for images, rows, q, (scores, attn) in _chunks(qkv, scale, num_buffers=2):
         k, v = qkv[1:, images]
         torch.matmul(q, k.mT, out=scores)
@@ -123,29 +130,29 @@ def talking_heads_backward(
     """Gradients of ``qkv``, ``w_l``, ``w_w`` and ``b_w``, each in its dtype; ``dy``: of what forward returns."""
     dy = dy.transpose(1, 2)
     dqkv = torch.empty_like(qkv)
-    sum_dtype = _sum_dtype(qkv)
-    dw_l, dw_w = (torch.zeros_like(p, dtype=sum_dtype) for p in (w_l, w_w))
     mix_l, mix_w = w_l.to(qkv.dtype), w_w.to(qkv.dtype)
-    db_w = torch.sum(dy.sum(dim=-2, dtype=sum_dtype) * qkv[2].sum(dim=-2, dtype=sum_dtype), dim=(0, 2))
-    dv_offset, nothing = _offset(b_w, dy), qkv.new_zeros(())
-    factor = _gradient_factor(qkv)
+    dw_l = dw_w = None
+    sum_dy, zero, factor = _sum_tokens(dy), qkv.new_zeros(()), _gradient_factor(qkv)
+    dv_offset = b_w[:, None, None] * sum_dy
     for images, rows, q, (scores, attn, mixed, grad) in _chunks(qkv, scale, num_buffers=4):
         k, v = qkv[1:, images]
         dq, (dk, dv) = dqkv[0, images, :, rows], dqkv[1:, images]
+        first = rows.start == 0
         torch.matmul(q, k.mT, out=scores)
         _mix(mix_l, scores, out=mixed)
         torch.softmax(mixed, dim=-1, out=attn)
         _mix(mix_w, attn, out=mixed)
-        _collect(dv, rows, dv_offset[images], mixed.mT @ dy[images, :, rows])
+        torch.add(dv_offset[images] if first else dv, mixed.mT @ dy[images, :, rows], out=dv)
 
         torch.matmul(dy[images, :, rows], v.mT, out=grad)
-        dw_w += _mix_gradient(grad, attn)
+        dw_w = _mix_gradient(dw_w, grad, attn)
         _mix(mix_w.T, grad, out=mixed)
-        _softmax_gradient(mixed, attn, factor, out=grad)
-        dw_l += _mix_gradient(grad, scores)
+        _softmax_gradient(mixed, attn, factor, zero, out=grad)
+        dw_l = _mix_gradient(dw_l, grad, scores)
         _mix(mix_l.T, grad, out=mixed)
         torch.mul(mixed @ k, scale / factor, out=dq)
-        _collect(dk, rows, nothing, mixed.mT @ q, 1 / factor)
+        torch.add(zero if first else dk, mixed.mT @ q, alpha=1 / factor, out=dk)
+    db_w = torch.sum(sum_dy * _sum_tokens(qkv[2]), dim=(0, 2, 3))
     return dqkv, (dw_l / factor).to(w_l.dtype), dw_w.to(w_w.dtype), db_w.to(b_w.dtype)
 
 
@@ -221,12 +228,12 @@ def _chunks(qkv: Tensor, scale: float, num_buffers: int) -> Iterator[tuple[slice
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float32 if x.element_size() == 2 else x.dtype
 
 
-def _offset(bias: Tensor, x: Tensor) -> Tensor:
-    """``bias`` (num_heads,) times the sum of ``x`` over the N tokens: (B, num_heads, N, D) -> (B, num_heads, 1, D)."""
-    return bias[:, None, None] * x.sum(dim=-2, keepdim=True, dtype=_sum_dtype(x))
+def _sum_tokens(x: Tensor) -> Tensor:
+    """(B, num_heads, N, head_dim) -> (B, num_heads, 1, head_dim), at least in float32."""
+    return x.sum(dim=-2, keepdim=True, dtype=_sum_dtype(x))
 
 
 def _mix(weight: Tensor, maps: Tensor, out: Tensor) -> Tensor:
@@ -234,8 +241,9 @@ def _mix(weight: Tensor, maps: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _mix_gradient(grad: Tensor, maps: Tensor) -> Tensor:
-    return (grad.flatten(2) @ maps.flatten(2).mT).sum(dim=0)
+def _mix_gradient(total: Tensor | None, grad: Tensor, maps: Tensor) -> Tensor:
+    part = (grad.flatten(2) @ maps.flatten(2).mT).sum(dim=0, dtype=_sum_dtype(grad))
+    return part if total is None else total.add_(part)
 
 
 def _gradient_factor(qkv: Tensor) -> float:
@@ -246,15 +254,10 @@ def _gradient_factor(qkv: Tensor) -> float:
     return 2.0 ** round(math.log2(max(1, qkv.shape[3]))) if qkv.element_size() == 2 else 1.0
 
 
-def _softmax_gradient(grad: Tensor, attn: Tensor, factor: float, out: Tensor) -> None:
+def _softmax_gradient(grad: Tensor, attn: Tensor, factor: float, zero: Tensor, out: Tensor) -> None:
     """``factor`` times the gradient of the softmax's input; ``grad`` is overwritten."""
     if grad.device.type == "cpu" and factor == 1:  # one pass; on CUDA it would make another buffer, in half precision
         torch.ops.aten._softmax_backward_data(grad, attn, -1, attn.dtype, grad_input=out)
         return
-    torch.addcmul(grad.new_zeros(()), attn, grad, value=factor, out=grad)
+    torch.addcmul(zero, attn, grad, value=factor, out=grad)
     torch.addcmul(grad, attn, grad.sum(dim=-1, keepdim=True, dtype=_sum_dtype(grad)), value=-1, out=out)
-
-
-def _collect(total: Tensor, rows: slice, start: Tensor, part: Tensor, alpha: float = 1.0) -> None:
-    """Adds what a chunk of queries gives to the gradient of keys or values; the first one starts from ``start``."""
-    torch.add(start if rows.start == 0 else total, part, alpha=alpha, out=total)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from .folding import affine, has_hooks
+from .folding import Foldable, Gains, folded, has_hooks
 
 
 class FoldedWindowAttention(WindowAttention):
@@ -18,28 +18,34 @@ class FoldedWindowAttention(WindowAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B * windows, N, C) -> the same shape; ``mask`` is (windows, N, N), added to the scores."""
-        heads, v = self.heads(x, mask)
-        if not self.can_fold():
-            return self.proj_drop(self.proj(heads))
-        return self.proj_drop(affine(heads, *self.projection(v)))
+        fold = folded(self)
+        if fold is None:
+            return self.proj_drop(self.proj(self.heads(x, mask)[0]))
+        return self.proj_drop(fold.project(*self.unprojected(x, mask)))
 
-    def unprojected(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Heads (B * windows, N, H * D), and weight and offset for ``affine``; only where it :meth:`can_fold`."""
-        heads, v = self.heads(x, mask)
-        return heads, *self.projection(v)
+    def unprojected(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What ``Fold.project`` takes: heads (B * windows, N, H * D), and means; only where it is ``foldable``."""
+        heads, v = self.heads(x, mask, folded=True)
+        return heads, self.means(v)
 
-    def can_fold(self) -> bool:
-        """Whether ``proj`` is nothing but its weight and bias, and no dropout falls on the maps."""
+    def foldable(self) -> Foldable | None:
+        """The projection, if it is nothing but its weight and bias and no dropout falls on the maps; else None."""
         plain = type(self.proj) is nn.Linear and not has_hooks(self.proj)
-        return self.folds and plain and not (self.training and self.attn_drop.p > 0)
+        if not (self.folds and plain) or (self.training and self.attn_drop.p > 0):
+            return None
+        return Foldable(Gains, (), self.proj.weight, self.proj.bias)
 
-    def heads(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def means(self, v: Tensor) -> Tensor | None:
+        """The vectors that act through ``Fold.of_means``, made of the values (B * windows, H, N, D)."""
+        return None
+
+    def heads(self, x: Tensor, mask: Tensor | None = None, folded: bool = False) -> tuple[Tensor, Tensor]:
         """The input of the projection, (B * windows, N, H * D), and the values, (B * windows, H, N, D)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.attend(q, k, v, mask).transpose(1, 2).flatten(2), v
+        return self.attend(q, k, v, mask, folded).transpose(1, 2).flatten(2), v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention per head: (B * windows, H, N, D) -> the same shape."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, folded: bool) -> Tensor:
+        """Attention per head, (B * windows, H, N, D) -> the same shape; see ``FoldedAttention.attend``."""
         if not self.fused_attn:
             return self.attn_drop(self.maps(q, k, mask)) @ v
         bias = self.bias(mask)
@@ -59,7 +65,3 @@ class FoldedWindowAttention(WindowAttention):
         """What is added to the scores, (1 or windows, H, N, N)."""
         bias = self._get_rel_pos_bias()
         return bias if mask is None else bias + mask[:, None]
-
-    def projection(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight and offset of the projection; a remedy that acts on the heads folds itself in here."""
-        return self.proj.weight, self.proj.bias

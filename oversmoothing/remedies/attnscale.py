@@ -24,7 +24,7 @@ from ..attention import Heads, register_kind
 from ..attention.cait import TalkingHeadsKind
 from ..attention.vit import PlainKind
 from ..attention.windows import SwinKind
-from ..fused.folding import FoldedAttention, can_fold
+from ..fused.folding import Foldable, FoldedAttention, Gains, can_fold, shared_fold
 from ..fused.talking_heads import FusedTalkingHeadAttn
 from ..fused.windows import FoldedWindowAttention
 from .base import AttentionRemedy, Operator, register_remedy, uniform_map
@@ -66,30 +66,40 @@ class AttnScaleAttention(FoldedAttention):
         """Zero ``lamb``, where AttnScale is the identity (timm calls this for models built on the meta device)."""
         nn.init.zeros_(self.lamb)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, folded: bool
+    ) -> Tensor:
         """``A_hat V``, or only ``A V`` where the projection does the rest; shapes as in ``FoldedAttention``."""
         if not self.fused_attn or (self.training and self.attn_drop.p > 0):
             return self.attn_drop(attn_scale(self.maps(q, k, attn_mask, is_causal), self.lamb)) @ v
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
-        if not torch.jit.is_scripting():
-            if self._scaled_by_projection():
-                return y
-        return y + self.lamb.to(y.dtype)[:, None, None] * (y - v.mean(dim=-2, keepdim=True))
+        return y if folded else y + self.lamb.to(y.dtype)[:, None, None] * (y - v.mean(dim=-2, keepdim=True))
 
     @torch.jit.unused
-    def _scaled_by_projection(self) -> bool:
-        plain = self.gate is None and isinstance(self.norm, nn.Identity)  # nothing between the heads and proj
-        return can_fold(self) and plain and not (self.training and self.attn_drop.p > 0)
+    def foldable(self) -> Foldable | None:
+        """The projection with AttnScale in it; None where something stands between them, or dropout on the maps."""
+        if not can_fold(self) or self.gate is not None or type(self.norm) is not nn.Identity:
+            return None
+        if self.training and self.attn_drop.p > 0:
+            return None
+        return Foldable(projection_gains, (), self.proj.weight, self.proj.bias, (self.lamb,), self.num_heads)
 
-    @torch.jit.unused
-    def projection(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``proj((1 + lamb) A V - lamb mean(V))`` is ``proj`` with its input columns scaled, head by head, plus one
-        vector an image, ``-W (lamb mean(V))``.
-        """
-        weight, bias = self.proj.weight, self.proj.bias
-        if not self._scaled_by_projection():
-            return weight, bias
-        return scaled_projection(self.proj, self.lamb, v)
+    def means(self, v: Tensor) -> Tensor:
+        """The mean of the values, (B, num_heads * head_dim)."""
+        return v.mean(dim=-2).flatten(1)
+
+
+def projection_gains(lamb: Tensor) -> Gains:
+    """``proj((1 + lamb) A V - lamb mean(V))``: input columns of ``proj`` scaled, head by head, and a vector an image.
+
+    Args:
+        lamb: Shape (num_heads,), or (L, num_heads) for L layers.
+
+    Returns:
+        For ``A V`` and for the mean of ``V``, both with their heads side by side.
+    """
+    lamb = lamb.unsqueeze(-2)
+    return Gains(1 + lamb, (-lamb,))
 
 
 class AttnScaleTalkingHeadAttn(FusedTalkingHeadAttn):
@@ -108,9 +118,25 @@ class AttnScaleTalkingHeadAttn(FusedTalkingHeadAttn):
         return attn_scale(attn, self.lamb)
 
     def second_mixing(self, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """AttnScale is affine in the mixed maps: weight ``(1 + lamb) W``, bias ``(1 + lamb) b - lamb / N``."""
-        gain = 1 + self.lamb
-        return gain[:, None] * self.proj_w.weight, gain * self.proj_w.bias - self.lamb / num_tokens
+        """The mixing after the softmax with AttnScale in it, see ``mixing_gains``."""
+        weight, _, bias = shared_fold((self, num_tokens)) or self.foldable_mixing(num_tokens).make()
+        return weight, bias
+
+    @torch.jit.unused
+    def foldable_mixing(self, num_tokens: int) -> Foldable:
+        """What ``second_mixing`` is made of."""
+        return Foldable(mixing_gains, (num_tokens,), self.proj_w.weight, self.proj_w.bias, (self.lamb,))
+
+
+def mixing_gains(num_tokens: int, lamb: Tensor) -> Gains:
+    """AttnScale is affine in the mixed maps: weight ``(1 + lamb) W``, bias ``(1 + lamb) b - lamb / N``.
+
+    Args:
+        num_tokens: N.
+        lamb: Shape (num_heads,), or (L, num_heads) for L layers.
+    """
+    gain = 1 + lamb
+    return Gains(gain.unsqueeze(-1), bias=gain, shift=lamb / -num_tokens)
 
 
 class AttnScaleWindowAttention(FoldedWindowAttention):
@@ -129,28 +155,23 @@ class AttnScaleWindowAttention(FoldedWindowAttention):
         if hasattr(self, "lamb"):
             nn.init.zeros_(self.lamb)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, folded: bool) -> Tensor:
         """``A_hat V``, or only ``A V`` where the projection does the rest; shapes as in ``FoldedWindowAttention``."""
         if not self.folds or (self.training and self.attn_drop.p > 0):
             return self.attn_drop(attn_scale(self.maps(q, k, mask), self.lamb)) @ v
-        y = super().attend(q, k, v, mask)
-        if self.can_fold():
-            return y
-        return y + self.lamb.to(y.dtype)[:, None, None] * (y - v.mean(dim=-2, keepdim=True))
+        y = super().attend(q, k, v, mask, folded)
+        return y if folded else y + self.lamb.to(y.dtype)[:, None, None] * (y - v.mean(dim=-2, keepdim=True))
 
-    def projection(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As in ``AttnScaleAttention``, with an offset for each window."""
-        return scaled_projection(self.proj, self.lamb, v)
+    def foldable(self) -> Foldable | None:
+        """The projection with AttnScale in it; see ``FoldedWindowAttention``."""
+        plain = super().foldable()
+        if plain is None:
+            return None
+        return plain._replace(gains=projection_gains, parameters=(self.lamb,), num_heads=self.num_heads)
 
-
-def scaled_projection(proj: nn.Linear, lamb: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight (C, H * D) and offset (B, 1, C) of ``proj((1 + lamb) A V - lamb mean(V))`` as a projection of ``A V``.
-
-    The weight has its input columns scaled, head by head; the offset is one vector an image, ``-W (lamb mean(V))``.
-    """
-    weight, bias, lamb = proj.weight, proj.bias, lamb.to(proj.weight.dtype)
-    offset = -F.linear((lamb.to(v.dtype)[:, None] * v.mean(dim=-2)).flatten(1), weight).unsqueeze(1)
-    return weight * (1 + lamb).repeat_interleave(v.shape[-1]), offset if bias is None else offset + bias
+    def means(self, v: Tensor) -> Tensor:
+        """The mean of each window's values, (B * windows, H * D)."""
+        return v.mean(dim=-2).flatten(1)
 
 
 class _AttnScaleKind(PlainKind):

@@ -6,12 +6,13 @@ With ``DC[y]`` the mean over the tokens and ``HC[y] = y - DC[y]``, each block ge
 
     y + gain (lamb1 * DC[y] + lamb2 * HC[y])                        (arXiv 2203.05962, FeatScale)
 
-``feat_scale`` is this definition. ``fold_feat_scale`` is the same inside ``proj``, where both blocks do it if
-the attention layer allows it (``folding.can_fold``) and no dropout comes between ``proj`` and the mean.
+``feat_scale`` is this definition. ``projection_gains`` is the same inside ``proj``, where both blocks do it if
+the attention layer allows it (``folding.can_fold``) and no dropout comes between ``proj`` and the mean; otherwise
+they call ``fused_feat_scale``.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,7 +23,7 @@ from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, 
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..fused.folding import FoldedAttention, affine, can_fold, has_hooks
+from ..fused.folding import Fold, Foldable, FoldedAttention, Gains, folded, has_hooks
 from ..fused.talking_heads import FusedTalkingHeadAttn
 from ..fused.windows import FoldedWindowAttention
 from .base import BranchRemedy, Layer, LayerShape, Operator, register_remedy
@@ -50,42 +51,73 @@ def feat_scale(y: Tensor, lamb1: Tensor, lamb2: Tensor, gain: float) -> Tensor:
     return y + gain * (lamb1.to(y.dtype) * dc + lamb2.to(y.dtype) * (y - dc))
 
 
-def fold_feat_scale(
-    weight: Tensor, offset: Tensor | None, mean: Tensor, lamb1: Tensor, lamb2: Tensor, gain: float
-) -> tuple[Tensor, Tensor]:
-    """FeatScale of ``y = affine(x, weight, offset)`` as another weight and offset.
+def fused_feat_scale(y: Tensor, lamb1: Tensor, lamb2: Tensor, gain: float) -> Tensor:
+    """``feat_scale`` as ``(1 + gain lamb2) y + gain (lamb1 - lamb2) DC[y]``: two passes over ``y``, nothing else kept.
+
+    For where dropout comes between the projection and the mean. Arguments as those of ``feat_scale``.
+    """
+    offset = gain * (lamb1 - lamb2).to(y.dtype) * y.mean(dim=1, keepdim=True)
+    return torch.addcmul(offset, y, 1 + gain * lamb2.to(y.dtype))
+
+
+def projection_gains(
+    gain: float,
+    windows: bool,
+    inner: Callable[..., Gains],
+    settings: tuple,
+    lamb1: Tensor,
+    lamb2: Tensor,
+    *parameters: Tensor,
+) -> Gains:
+    """FeatScale of an attention layer's output, as factors on its projection.
 
     ``y + gain (lamb1 DC + lamb2 HC) = (1 + gain lamb2) y + gain (lamb1 - lamb2) DC``: the first term scales the rows of
-    the weight, the second is one vector an image, since ``DC[y]`` is the projection of the mean token of ``x``.
+    the weight, the second is one vector an image, since ``DC[y]`` is the projection of the mean of the heads. What is
+    the same for all tokens, the layer's own means and the bias, is scaled by both together.
 
     Args:
-        weight: Shape (C, C_in).
-        offset: Shape (C,) or (B, 1, C), or None; on Swin also (B, windows, 1, C).
-        mean: Mean token of ``x``, shape (B, 1, C_in); on Swin (B, 1, 1, C_in), or of each window (B, windows, 1, C_in).
-        lamb1: As in ``feat_scale``.
-        lamb2: As in ``feat_scale``.
         gain: As in ``feat_scale``.
+        windows: Whether the layer's own means are those of windows, and not of the whole image as DC is.
+        inner: Makes the layer's own gains of ``settings`` and ``parameters``.
+        settings: See ``folding.Foldable``.
+        lamb1: Shape (C,), or (L, C) with everything else of L layers too.
+        lamb2: As ``lamb1``.
+        *parameters: See ``settings``.
 
     Returns:
-        Weight (C, C_in) and offset (B, 1, C), on Swin (B, 1 or windows, 1, C).
+        For the heads; for the mean of the heads and, after it, for the layer's own means; with ``windows`` then for the
+        means of these over the image.
     """
-    dc = affine(mean, weight, offset)
-    if dc.dim() == 4:  # the windows of an image are of one size
-        dc = dc.mean(dim=1, keepdim=True)
-    high = 1 + gain * lamb2.to(weight.dtype)
-    dc_offset = gain * (lamb1 - lamb2).to(dc.dtype) * dc
-    return high[:, None] * weight, dc_offset if offset is None else high * offset + dc_offset
+    weight, of_means, _, _ = inner(*settings, *parameters)
+    lamb1, lamb2 = (gain * lamb.unsqueeze(-1) for lamb in (lamb1, lamb2))
+    high, mean, both = 1 + lamb2, lamb1 - lamb2, 1 + lamb1
+    if windows:
+        of_means = [factor * of_mean for factor in (high, mean) for of_mean in of_means]
+    else:
+        of_means = [both * of_mean for of_mean in of_means]
+    means = (mean if weight is None else mean * weight, *of_means)
+    return Gains(high if weight is None else high * weight, means, both.squeeze(-1))
 
 
-def _folds(block: nn.Module) -> bool:
+def _foldable(block: nn.Module, enabled: bool, windows: bool = False) -> Foldable | None:
+    """What the fold of a block's attention branch is made of; None where something has to stay as it is."""
     attn = block.attn
-    return (
-        block.fused_attn
-        and hasattr(attn, "unprojected")
-        and can_fold(attn)
-        and not has_hooks(attn)
-        and not (block.training and attn.proj_drop.p > 0)
-    )
+    if (
+        not enabled
+        or not hasattr(attn, "foldable")
+        or has_hooks(attn)
+        or (block.training and attn.proj_drop.p > 0)
+        or (inner := attn.foldable()) is None
+    ):
+        return None
+    settings = block.gain, windows, inner.gains, inner.settings
+    parameters = block.lamb1, block.lamb2, *inner.parameters
+    return Foldable(projection_gains, settings, inner.weight, inner.bias, parameters, inner.num_heads)
+
+
+def _project(fold: Fold, heads: Tensor, means: Tensor | None, num_tokens: int | None = None) -> Tensor:
+    mean = heads.mean(dim=1)
+    return fold.project(heads[:, :num_tokens], mean if means is None else torch.cat([mean, means], dim=-1))
 
 
 class FeatScaleBlock(Block):
@@ -126,13 +158,18 @@ class FeatScaleBlock(Block):
     ) -> Tensor:
         """Normed tokens (B, N, C) -> attention with FeatScale, (B, N, C) or the first ``num_tokens`` of it."""
         if not torch.jit.is_scripting():
-            if _folds(self):
-                y, weight, offset = self.attn.unprojected(x, attn_mask, is_causal)
-                mean = y.mean(dim=1, keepdim=True)
-                weight, offset = fold_feat_scale(weight, offset, mean, self.lamb1, self.lamb2, self.gain)
-                return affine(y[:, :num_tokens], weight, offset)
+            fold = folded(self)
+            if fold is not None:
+                return _project(fold, *self.attn.unprojected(x, attn_mask, is_causal), num_tokens)
         y = self.attn(x, attn_mask=attn_mask, is_causal=is_causal)
+        if self.fused_attn:
+            return fused_feat_scale(y, self.lamb1, self.lamb2, self.gain)[:, :num_tokens]
         return feat_scale(y, self.lamb1, self.lamb2, self.gain)[:, :num_tokens]
+
+    @torch.jit.unused
+    def foldable(self) -> Foldable | None:
+        """What the fold of the attention branch is made of; None where it cannot be folded."""
+        return _foldable(self, self.fused_attn)
 
 
 class FeatScaleLayerScaleBlock(LayerScaleBlock):
@@ -166,11 +203,17 @@ class FeatScaleLayerScaleBlock(LayerScaleBlock):
     def attention_branch(self, x: Tensor) -> Tensor:
         """Normed tokens (B, N, C) -> attention with FeatScale, (B, N, C)."""
         if not torch.jit.is_scripting():
-            if _folds(self):
-                y, weight, offset = self.attn.unprojected(x)
-                mean = y.mean(dim=1, keepdim=True)
-                return affine(y, *fold_feat_scale(weight, offset, mean, self.lamb1, self.lamb2, self.gain))
+            fold = folded(self)
+            if fold is not None:
+                return _project(fold, *self.attn.unprojected(x))
+        if self.fused_attn:
+            return fused_feat_scale(self.attn(x), self.lamb1, self.lamb2, self.gain)
         return feat_scale(self.attn(x), self.lamb1, self.lamb2, self.gain)
+
+    @torch.jit.unused
+    def foldable(self) -> Foldable | None:
+        """What the fold of the attention branch is made of; None where it cannot be folded."""
+        return _foldable(self, self.fused_attn)
 
 
 class FeatScaleSwinBlock(SwinTransformerBlock):
@@ -201,34 +244,34 @@ class FeatScaleSwinBlock(SwinTransformerBlock):
     def _attn(self, x: Tensor) -> Tensor:
         """Normed tokens (B, height, width, C) -> attention with FeatScale, the same shape."""
         size = x.shape[1:3]
-        if self._folds(size):
-            return self._folded(x, size)
-        y = super()._attn(x)
-        return feat_scale(y.flatten(1, 2), self.lamb1, self.lamb2, self.gain).view_as(y)
-
-    def _folds(self, size: Sequence[int]) -> bool:
-        """Whether the projection can do it: windows hold no padding, and no dropout comes between it and the mean."""
-        attn = self.attn
+        # Padding would be part of the windows' means.
         padded = any(length % window for length, window in zip(size, self.window_size, strict=True))
-        folds = self.folds and isinstance(attn, FoldedWindowAttention) and attn.can_fold() and not has_hooks(attn)
-        return folds and not padded and not (self.training and attn.proj_drop.p > 0)
+        fold = None if padded else folded(self)
+        if fold is not None:
+            return self._folded(fold, x, size)
+        y = super()._attn(x)
+        scaled = fused_feat_scale if self.folds else feat_scale
+        return scaled(y.flatten(1, 2), self.lamb1, self.lamb2, self.gain).view_as(y)
 
-    def _folded(self, x: Tensor, size: Sequence[int]) -> Tensor:
+    def foldable(self) -> Foldable | None:
+        """What the fold of the attention branch is made of; None where it cannot be folded."""
+        return _foldable(self, self.folds, windows=True)
+
+    def _folded(self, fold: Fold, x: Tensor, size: Sequence[int]) -> Tensor:
         """The same with one projection: the mean over all windows is known before they are merged."""
         batch, shift, dims = x.shape[0], self.shift_size, (1, 2)  # len(x) would fix it in an exported graph
         if any(shift):
             x = x.roll((-shift[0], -shift[1]), dims)
         mask = self.get_attn_mask(x) if self.dynamic_mask else self.attn_mask
-        windows = window_partition(x, self.window_size).flatten(1, 2)
-        y, weight, offset = self.attn.unprojected(windows, mask)
-        y = y.unflatten(0, (batch, -1))  # (B, windows, N, H * D)
-        if offset is not None and offset.dim() == 3:  # AttnScale's, one for each window
-            offset, mean = offset.unflatten(0, (batch, -1)), y.mean(dim=2, keepdim=True)
+        y, means = self.attn.unprojected(window_partition(x, self.window_size).flatten(1, 2), mask)
+        of_image = y.unflatten(0, (batch, -1)).mean(dim=(1, 2))  # the windows of an image are of one size
+        each = y.shape[0] // batch
+        if means is None:
+            means = of_image.repeat_interleave(each, dim=0)
         else:
-            mean = y.mean(dim=(1, 2), keepdim=True)
-        weight, offset = fold_feat_scale(weight, offset, mean, self.lamb1, self.lamb2, self.gain)
-        y = affine(y, weight, offset).flatten(0, 1).unflatten(1, self.window_size)
-        y = window_reverse(y, self.window_size, *size)
+            of_windows = means.unflatten(0, (batch, -1)).mean(dim=1).repeat_interleave(each, dim=0)
+            means = torch.cat([of_image.repeat_interleave(each, dim=0), means, of_windows], dim=-1)
+        y = window_reverse(fold.project(y, means).unflatten(1, self.window_size), self.window_size, *size)
         return y.roll(shift, dims) if any(shift) else y
 
 
