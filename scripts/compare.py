@@ -34,6 +34,7 @@ from scripts.comparison.launch import Launcher, Local, Queue
 from scripts.comparison.records import epochs_done, find_folder, is_finished
 from scripts.comparison.study import Run, Study
 from scripts.comparison.study_file import arms_from_words, make_study, read_study
+from scripts.plot_log import LogError
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -165,7 +166,7 @@ def cli(words: list[str] | None = None) -> int:
     args, flags = parse_args(sys.argv[1:] if words is None else words)
     try:
         return main(args, flags)
-    except (StudyError, report.ReportError, DataError, utils.SetupError) as error:
+    except (StudyError, report.ReportError, LogError, DataError, utils.SetupError) as error:
         print(f"error: {error}", file=sys.stderr)
         return entry.EXIT_BAD_INPUT
     except run.Stopped as stopped:
