@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.data import Mixup, resolve_data_config
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -221,7 +220,7 @@ def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: 
     return replace(start, step=step, meters=meters)
 
 
-def build_ema(args: argparse.Namespace, start: Start, model: nn.Module) -> ModelEmaV3 | None:
+def build_ema(args: argparse.Namespace, start: Start, model: nn.Module) -> engine.Ema | None:
     """The EMA of the weights: the checkpoint's where it has one, else a copy of the (loaded) model."""
     saved = start.checkpoint.get("model_ema") if start.checkpoint else None
     if args.eval and args.eval_ema and saved is None:
@@ -229,7 +228,7 @@ def build_ema(args: argparse.Namespace, start: Start, model: nn.Module) -> Model
     if not (args.eval_ema if args.eval else args.model_ema):
         return None
     device = torch.device("cpu") if args.model_ema_force_cpu else None
-    ema = ModelEmaV3(model, decay=args.model_ema_decay, device=device)
+    ema = engine.Ema(model, decay=args.model_ema_decay, device=device)
     if saved is not None and (start.full or args.eval):
         load_weights(ema.module, saved, source=f"{start.source} (EMA)")
     return ema
@@ -239,7 +238,7 @@ def build_trainer(
     args: argparse.Namespace,
     start: Start,
     model: nn.Module,
-    ema: ModelEmaV3 | None,
+    ema: engine.Ema | None,
     world: World,
     amp_dtype: torch.dtype,
     prepare: nn.Module | None = None,

@@ -29,6 +29,35 @@ class NonFiniteLossError(RuntimeError):
     """The loss became infinite or not a number, on any rank."""
 
 
+class Ema(ModelEmaV3):
+    """timm's EMA of the weights, which looks for its tensors once and not, in two state dicts, at every step.
+
+    The numbers are timm's. ``model`` must stay the same: its tensors may move to another device, but not be replaced.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, device: torch.device | None = None) -> None:
+        super().__init__(model, decay=decay, device=device)
+        self._pairs: tuple[list[Tensor], ...] | None = None
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int | None = None) -> None:
+        """One step towards the weights of ``model``, which is unwrapped."""
+        if self._pairs is None:
+            ours, theirs = (m.state_dict(keep_vars=True).values() for m in (self.module, model))
+            pairs = list(zip(ours, theirs, strict=True))
+            self._pairs = tuple(
+                [pair[i] for pair in pairs if pair[0].is_floating_point() == floating]
+                for floating in (True, False)
+                for i in (0, 1)
+            )
+        averages, values, counts, their_counts = self._pairs
+        if self.device is not None:  # a copy in host memory: this waits for the device
+            values = [value.to(self.device) for value in values]
+        self._foreach_lerp_(averages, values, weight=1.0 - self.get_decay(step))
+        for ours, theirs in zip(counts, their_counts, strict=True):
+            ours.copy_(theirs)
+
+
 @dataclass
 class Trainer:
     """What one optimizer step consists of.
@@ -57,7 +86,7 @@ class Trainer:
     amp_dtype: torch.dtype = torch.float32
     prepare: Callable[[Tensor], Tensor] | None = None
     mixup: Mixup | None = None
-    ema: ModelEmaV3 | None = None
+    ema: Ema | None = None
     clip_grad: float | None = None
     grad_accum: int = 1
 

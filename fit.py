@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.data import resolve_data_config
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -252,7 +251,7 @@ class Saver:
 def evaluate_with_ema(
     args: argparse.Namespace,
     model: nn.Module,
-    ema: ModelEmaV3 | None,
+    ema: engine.Ema | None,
     loader: DataLoader,
     world: World,
     amp_dtype: torch.dtype,
@@ -268,15 +267,19 @@ def evaluate_with_ema(
     for prefix, network in (("", model), ("ema_", ema.module if ema is not None else None)):
         if network is None:
             continue
-        result = engine.evaluate(
-            network.to(world.device),
-            loader,
-            world.device,
-            amp_dtype=amp_dtype,
-            print_freq=args.print_freq,
-            shared=args.shard_eval,
-            after_step=after_step,
-        )
+        home = next(network.parameters()).device  # host memory with --model-ema-force-cpu
+        try:
+            result = engine.evaluate(
+                network.to(world.device),
+                loader,
+                world.device,
+                amp_dtype=amp_dtype,
+                print_freq=args.print_freq,
+                shared=args.shard_eval,
+                after_step=after_step,
+            )
+        finally:
+            network.to(home)
         of = "EMA" if prefix else "network"
         _logger.info(f"Accuracy of the {of} on the {len(loader.dataset)} {images} images: {result['acc1']:.3f}%")
         stats |= {prefix + name: value for name, value in result.items()}

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from timm.data import resolve_data_config
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -73,7 +72,7 @@ class Timeline:
         trainer.optimizer.register_step_post_hook(partial(self.stamp, "optimizer"))
 
 
-class TimedEma(ModelEmaV3):
+class TimedEma(engine.Ema):
     """timm's EMA, which has no hooks."""
 
     timeline: Timeline | None = None
