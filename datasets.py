@@ -581,7 +581,7 @@ def _build_split(
 
 
 class Part(Subset):
-    """Some images of a data set, with what ``SkipBadImages`` and the captions of pictures read of a whole one."""
+    """Some images of a data set, with what ``SkipBadImages``, ``fingerprint`` and captions read of a whole one."""
 
     @property
     def classes(self) -> list[str]:
@@ -589,9 +589,17 @@ class Part(Subset):
         return self.dataset.classes
 
     @property
-    def samples(self) -> list[tuple[File, int]]:
+    def root(self) -> str | Path:
+        """Where the images are."""
+        return self.dataset.root
+
+    @property
+    def samples(self) -> list[tuple[File, int]] | archives.Members:
         """File and label of each image."""
-        return [self.dataset.samples[index] for index in self.indices]
+        samples = self.dataset.samples
+        if isinstance(samples, archives.Members):
+            return archives.Members(samples.archives, samples.table[self.indices])
+        return [samples[index] for index in self.indices]
 
 
 def split_by_class(labels: np.ndarray, share: float, seed: int) -> tuple[list[int], list[int]]:

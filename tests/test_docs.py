@@ -25,9 +25,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -36,6 +37,7 @@ from PIL import Image
 from runs import ROOT, call_main, environment, tiny_tree
 from states import swin_code_state
 
+import entry
 import models  # noqa: F401 (registers the zoo)
 from options import check_args, get_args_parser
 from scripts import compare
@@ -230,13 +232,22 @@ def run(program: str, flags: list[str], *, in_folder: Path | None) -> str:
     printed, argv, path = io.StringIO(), sys.argv, sys.path[:]
     sys.argv = [program, *flags]
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), in_this_process():
             runpy.run_path(str(ROOT / program), run_name="__main__")
     except SystemExit as left:
         assert not left.code, f"{program} {flags}: {printed.getvalue()}"
     finally:
         sys.argv, sys.path[:] = argv, path
     return printed.getvalue()
+
+
+def in_this_process() -> contextlib.AbstractContextManager:
+    """Within it a script leaves by SystemExit, as ``entry.run`` does not, and keeps this process's signal handlers."""
+
+    def leave(command: Callable[[], int | None]) -> None:
+        sys.exit(command() or 0)
+
+    return patch.multiple(entry, run=leave, answer_signals=lambda importing=True: None)
 
 
 def run_python(words: list[str], script: str | None = None, **variables: str) -> str:
@@ -329,7 +340,7 @@ def test_the_parsers_know_every_flag_of_a_page(page: Path, monkeypatch: pytest.M
         if program == "main.py":
             if flags not in ([], ["--help"]):
                 check_args(get_args_parser().parse_args(flags))
-        elif program == "scripts/compare.py":
+        elif program == "scripts/compare.py" and flags:
             known, of_main = compare.parse_args(flags)
             if known.study is None or known.study.exists():
                 compare.build_study(known, of_main).runs()
@@ -338,7 +349,7 @@ def test_the_parsers_know_every_flag_of_a_page(page: Path, monkeypatch: pytest.M
                 patched.setattr(argparse.ArgumentParser, "parse_args", parse_only)
                 patched.setattr(sys, "argv", [program, *flags])
                 patched.setattr(sys, "path", sys.path[:])
-                with pytest.raises(Parsed):
+                with pytest.raises(Parsed), in_this_process():
                     runpy.run_path(str(ROOT / program), run_name="__main__")
 
 

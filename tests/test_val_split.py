@@ -1,6 +1,7 @@
 """--val-split: which training images are held out, what they decide, and that the test set decides nothing then."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from runs import TINY, call_main, tiny_tree
 
-from datasets import DataError, DataOptions, Part, build_dataset, build_held_out, split_by_class
+from datasets import DataError, DataOptions, Part, build_dataset, build_held_out, fingerprint, split_by_class
 from options import ArgumentError, check_args, get_args_parser
 from oversmoothing.weights import read_checkpoint
 
@@ -65,6 +66,16 @@ def test_training_and_held_out_images_are_the_training_set(data: Path) -> None:
     # The test set is as it was.
     test, _ = build_dataset(False, options)
     assert len(test) == 7 and all("/val/" in path for path, _ in test.samples)
+
+
+def test_a_part_has_a_fingerprint_of_its_own(data: Path, tmp_path: Path) -> None:
+    """A resumed run compares it; from archives too."""
+    for split in ("train", "val"):
+        shutil.make_archive(str(tmp_path / split), "tar", data / split)
+    for root in (data, tmp_path):
+        parts = [build_dataset(True, options_of(root, seed=seed))[0] for seed in (0, 0, 1)]
+        same, again, other = map(fingerprint, [*parts[:2], parts[2]])
+        assert same == again != other and same != fingerprint(build_dataset(True, options_of(root, share=0.0))[0])
 
 
 def test_a_bad_image_is_not_replaced_by_one_that_is_held_out(tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ def can_mix(x: Tensor, tau: float) -> bool:
 
     It does eagerly, without autocast, on maps no larger than the tokens, where ``exp(1 / tau)`` is far from overflow.
     """
-    full = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+    device = x.device.type  # meta knows no autocast: asking it whether it is enabled is an error
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    full = x.dtype in (torch.float32, torch.float64) and not autocast
     return full and x.shape[1] <= x.shape[2] and tau >= 0.02 and not (recorded(x) or torch.compiler.is_compiling())
 
 

@@ -184,7 +184,9 @@ def share_folds(foldables: Iterable[tuple[Hashable, Foldable]], x: Tensor) -> It
             shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
             alike[gains, settings, num_heads, bias is None, shapes][key] = foldable
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else None
+    # The meta device knows no autocast: asking it whether it is enabled is an error.
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else None
     shared = {}
     for (gains, settings, num_heads, no_bias, _), group in alike.items():
         _, _, weights, biases, parameters, _ = zip(*group.values(), strict=True)
