@@ -263,7 +263,7 @@ def build_trainer(
         tau=args.distillation_tau,
     )
     if args.torchcompile:
-        model.compile()  # in place: names of parameters stay as they are
+        model.compile(mode=args.torchcompile)  # in place: names of parameters stay as they are
     wrapped = model
     if world.distributed:
         wrapped = DistributedDataParallel(

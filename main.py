@@ -97,7 +97,7 @@ def precision(args: argparse.Namespace, device: torch.device) -> torch.dtype:
 def measure_throughput(args: argparse.Namespace, model: nn.Module, world: World, amp_dtype: torch.dtype) -> None:
     """Prints images/s of the forward pass on random images."""
     if args.torchcompile:
-        model.compile()
+        model.compile(mode=args.torchcompile)
     images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=world.device)
     rate = engine.throughput(model, images, amp_dtype=amp_dtype)
     setting = f"batch {args.batch_size}, {args.input_size} px, {amp_dtype}, one process"

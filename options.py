@@ -221,7 +221,14 @@ def _model(parser: argparse.ArgumentParser) -> None:
         help="stochastic depth: rises linearly to P over the layers on DeiT and Swin, constant on CaiT",
     )
     group.add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass")
-    group.add("--torchcompile", action="store_true", help="run the model through torch.compile")
+    group.add(
+        "--torchcompile",
+        nargs="?",
+        const="default",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+        metavar="MODE",
+        help="run the model through torch.compile, in this of its modes; without one: default",
+    )
     group.add("--model-ema", action="store_true", default=True, help="keep an EMA of the weights (the default)")
     group.add("--no-model-ema", action="store_false", dest="model_ema", help="keep no EMA")
     group.add("--model-ema-decay", type=float, default=0.99996, metavar="D", help="decay of the EMA, per step")

@@ -103,11 +103,24 @@ def this_process(device: str = "auto") -> World:
         )
     device = resolve_device(device)
     if device == "cuda" or (device.startswith("cuda") and world_size > 1):
-        device = f"cuda:{local_rank % torch.cuda.device_count()}"
+        device = f"cuda:{_own_gpu(local_rank)}"
     world = World(rank, local_rank, world_size, torch.device(device))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     return world
+
+
+def _own_gpu(local_rank: int) -> int:
+    """The GPU of this process: that of its number on the node, or the only one, where Slurm shows each task its own."""
+    gpus = torch.cuda.device_count()
+    on_node = max(local_rank + 1, _number("LOCAL_WORLD_SIZE", 1))  # torchrun's; its processes see the same
+    each_its_own = gpus == 1 and "LOCAL_WORLD_SIZE" not in os.environ
+    if on_node > gpus and not each_its_own:
+        raise SetupError(
+            f"{on_node} processes on this node and {gpus} GPU(s): start no more processes than GPUs "
+            f"(--nproc_per_node={gpus}, Slurm's --ntasks-per-node={gpus}), or give CUDA_VISIBLE_DEVICES more"
+        )
+    return 0 if each_its_own else local_rank
 
 
 @contextmanager
@@ -129,6 +142,14 @@ def process_group(device: str = "auto", dist_url: str = "env://", timeout_s: int
         _join(world, dist_url, timeout_s)
     try:
         yield world
+    except Exception as error:
+        if dist.is_initialized() and dist.get_backend() == "nccl":
+            # Destroying NCCL's group waits for its collectives, and so for a process that may be dead. What happened
+            # is said first: NCCL's watchdog may end this process at any time.
+            first_line = str(error).partition("\n")[0]
+            print(f"[rank {world.rank}] {type(error).__name__}: {first_line}", file=sys.stderr, flush=True)
+            dist.distributed_c10d._abort_process_group()
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -205,12 +226,17 @@ def check_agreement(world: World, what: str, mine: Any, flags: str = "--output_d
             )
 
 
+_SIGNS_OF_LOSS = (
+    *("Connection closed by", "Connection reset by peer", "Broken pipe", "Timed out waiting", "timed out", "timeout"),
+    *("remote process exit", "ncclRemoteError", "communicator was aborted", "timing out"),  # NCCL's
+)
+
+
 def lost_peer(error: RuntimeError) -> str | None:
     """What a failed collective says of a process that died or fell silent, in one line; None for another error."""
     text = str(error)
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "timed out")
-    lost = isinstance(error, dist.DistError) or "gloo" in text
-    return text.split("\n")[0].strip() if lost and any(sign in text for sign in signs) else None
+    lost = isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text or "nccl" in text
+    return text.split("\n")[0].strip() if lost and any(sign in text for sign in _SIGNS_OF_LOSS) else None
 
 
 def _join(world: World, dist_url: str, timeout_s: int) -> None:
@@ -221,14 +247,19 @@ def _join(world: World, dist_url: str, timeout_s: int) -> None:
         # Where it does not, its counts differ between nodes as soon as one node's torchrun was replaced.
         kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
+        store = dist.PrefixStore(f"attempt-{attempt}", store)
+        if world.device.type == "cuda":
+            _claim_gpu(world, store)
         dist.init_process_group(
             "nccl" if world.device.type == "cuda" else "gloo",
-            store=dist.PrefixStore(f"attempt-{attempt}", store),
+            store=store,
             world_size=world.world_size,
             rank=world.rank,
             timeout=timeout,
             device_id=world.device if world.device.type == "cuda" else None,
         )
+    except SetupError:
+        raise
     except (RuntimeError, ValueError) as error:  # torch's DistNetworkError and DistStoreError are RuntimeErrors
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         another = "give the launcher another --master_port, or set MASTER_PORT where srun starts the run"
@@ -251,6 +282,21 @@ def _somebody_listens() -> bool:
             return True
     except (OSError, KeyError, ValueError):
         return False
+
+
+def _claim_gpu(world: World, store: dist.Store) -> None:
+    """Refuses a GPU that another process has; NCCL would only say that it failed.
+
+    Raises:
+        SetupError: With the other's rank.
+    """
+    gpu = str(torch.cuda.get_device_properties(world.device).uuid)
+    owner = int(store.compare_set(f"gpu/{platform.node()}/{gpu}", "", str(world.rank)))
+    if owner != world.rank:
+        raise SetupError(
+            f"ranks {owner} and {world.rank} are both on GPU {gpu} of {platform.node()}: start no more processes than "
+            "GPUs, or show each task its own (Slurm's --gpus-per-task=1)"
+        )
 
 
 def _meet(world: World, dist_url: str, timeout: timedelta) -> dist.Store:
@@ -280,6 +326,24 @@ def _meet(world: World, dist_url: str, timeout: timedelta) -> dist.Store:
     return outcome[0]
 
 
+def _gloo_group(timeout_s: int) -> dist.ProcessGroup:
+    """A gloo group of all ranks, beside that of NCCL.
+
+    Raises:
+        SetupError: If gloo finds no network interface over which the nodes reach each other.
+    """
+    try:
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in ("connectFullMesh", "Unable to find", "resolve hostname")):
+            raise
+        first_line = str(error).split("\n")[0].strip()
+        raise SetupError(
+            "the processes cannot reach each other over gloo, which agrees on stopping: set GLOO_SOCKET_IFNAME to the "
+            f"network interface that the nodes share, such as eth0 or ib0 (ip -br addr lists them): {first_line}"
+        ) from error
+
+
 class StopSignal:
     """Lets all ranks stop after the same step when any of them gets SIGTERM or SIGUSR1 (what Slurm and clouds send).
 
@@ -295,7 +359,7 @@ class StopSignal:
     def __init__(self, world: World, timeout_s: int = 600) -> None:
         self.received = False
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if world.distributed else None
+        self.group = _gloo_group(timeout_s) if world.distributed else None
         self._pending: tuple[Tensor, dist.Work] | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)

@@ -44,6 +44,7 @@ from oversmoothing.analysis.cost import count_macs
 from oversmoothing.attention import attention_layers
 from oversmoothing.weights import check_model_name, create_model
 from scripts.benchmark_data import data_table
+from scripts.benchmark_host import host_table
 from scripts.benchmark_step import scaling_table, step_table
 from utils import SetupError, resolve_device
 
@@ -99,7 +100,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-retry", action="store_true", help="with --model: fail instead of halving the batch")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp-dtype", choices=("bfloat16", "float16"), help="run under autocast; default: float32")
-    parser.add_argument("--torchcompile", action="store_true")
+    parser.add_argument("--torchcompile", nargs="?", const="default", metavar="MODE", help="a mode of torch.compile")
     parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="CPU threads; one table for each number")
     parser.add_argument(
         "--clock",
@@ -138,12 +139,14 @@ def build(name: str, img_size: int | None, device: torch.device, **kwargs: Any) 
 class Runner:
     """One model's training step and its evaluation, on random images."""
 
-    def __init__(self, model: nn.Module, batch_size: int, device: torch.device, amp_dtype: str | None, compiled: bool):
+    def __init__(
+        self, model: nn.Module, batch_size: int, device: torch.device, amp_dtype: str | None, mode: str | None = None
+    ) -> None:
         _, channels, height, width = (1, 3, *model.patch_embed.img_size)
         self.model, self.device = model, device
         self.images = torch.randn(batch_size, channels, height, width, device=device)
         self.targets = torch.randint(model.num_classes, (batch_size,), device=device)
-        self.call = torch.compile(model) if compiled else model
+        self.call = torch.compile(model, mode=mode) if mode else model
         self.autocast: Callable[[], Any] = nullcontext
         self.scale = 1.0
         if amp_dtype is not None:
@@ -311,6 +314,7 @@ def plot_models(rows: list[dict[str, Any]], path: Path) -> None:
 # Data come last: that table is of one thread and leaves torch so.
 TABLES: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "models": models_table,
+    "host": host_table,
     "step": step_table,
     "scaling": scaling_table,
     "data": data_table,

@@ -1,5 +1,6 @@
 """The benchmark runs, and the memory kept for backward is what docs/performance.md promises. No test holds a time."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import timm
 import torch
 
 from oversmoothing.analysis.cost import count_macs
-from scripts import benchmark
+from scripts import benchmark, benchmark_host
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ SMALL_RUN = [
 
 
 def saved(name: str, batch_size: int, img_size: int, **kwargs: object) -> int:
-    runner = benchmark.Runner(benchmark.build(name, img_size, CPU, **kwargs), batch_size, CPU, None, False)
+    runner = benchmark.Runner(benchmark.build(name, img_size, CPU, **kwargs), batch_size, CPU, None)
     return benchmark.bytes_saved(runner.model.train(), runner.loss)
 
 
@@ -59,7 +60,7 @@ def test_bytes_saved_count_each_storage_once_and_no_parameter() -> None:
 
 
 def test_macs_of_a_known_model() -> None:
-    runner = benchmark.Runner(timm.create_model("deit_tiny_patch16_224"), 1, CPU, None, False)
+    runner = benchmark.Runner(timm.create_model("deit_tiny_patch16_224"), 1, CPU, None)
     assert count_macs(runner.model, runner.images[:1]) / 1e9 == pytest.approx(
         1.26, rel=0.01
     )  # timm's results: 1.26 GMACs
@@ -145,3 +146,17 @@ def test_a_table_by_its_name_goes_into_the_results(tmp_path: Path) -> None:
 def test_unknown_table_is_refused() -> None:
     with pytest.raises(ValueError, match="--only models,nope: no table nope; there are models, step"):
         benchmark.main(benchmark.get_parser().parse_args(["--only", "models,nope"]))
+
+
+@pytest.mark.parametrize("plain, variants", benchmark_host.COMPARISONS.items(), ids=["deit", "cait"])
+def test_remedies_call_few_more_operators_than_the_plain_model(plain: str, variants: tuple[str, ...]) -> None:
+    """On a GPU a small batch waits for the host, whose time goes by the number of operators."""
+    counts = [benchmark_host.count_operators(benchmark_host.Step(name)).total() for name in (plain, *variants)]
+    attnscale, featscale, both = (count / counts[0] for count in counts[1:])
+    assert attnscale < 1.2 and featscale < 1.2 and both < 1.35
+
+
+def test_host_table_has_a_row_for_every_model() -> None:
+    rows = benchmark_host.host_table(argparse.Namespace(amp_dtype="bfloat16", rounds=2, quick=True))
+    assert [row["model"] for row in rows][:2] == ["deit_small_patch16_224", "attnscale_small_12"] and len(rows) == 8
+    assert all(row["host_ms"] > 0 and row["operators"] > 500 for row in rows)

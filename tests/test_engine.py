@@ -1,5 +1,6 @@
 """The loops: the reference's trajectories, exact means, accumulation, clipping, finiteness."""
 
+import argparse
 import logging
 import math
 
@@ -14,11 +15,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import engine
+import fit
 import models  # noqa: F401  (registers the zoo)
 import optim
 from losses import build_criterion
 from options import get_args_parser
-from utils import Meters, seed_everything
+from utils import Meters, Preempted, World, seed_everything
 
 CPU = torch.device("cpu")
 
@@ -86,7 +88,7 @@ def test_eight_training_steps_follow_the_reference(name: str, precision: str) ->
         model = timm.create_model(name, num_classes=10)
         fill = golden_rules().fill
         model.load_state_dict({k: torch.from_numpy(fill(k, v.shape, 0)) for k, v in model.state_dict().items()})
-        trainer = build_trainer(model, ema=ModelEmaV3(model, decay=record["ema_decay"]))
+        trainer = build_trainer(model, ema=engine.Ema(model, decay=record["ema_decay"]))
         losses = []
 
         def watch(images: torch.Tensor, outputs: torch.Tensor, targets: torch.Tensor, inner=trainer.criterion):
@@ -121,6 +123,40 @@ def test_mixup_follows_the_reference_where_timm_still_does() -> None:
             same_target = np.allclose(targets, record["target"], atol=1e-6)
             equal += same_target and math.isclose(images.norm().item(), record["x_norm"], rel_tol=1e-6)
         assert equal >= least_equal[case], case
+
+
+def test_the_ema_is_timms_to_the_bit() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))  # BatchNorm counts its batches in an integer
+    ours, theirs = engine.Ema(model, 0.9), ModelEmaV3(model, decay=0.9)
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model(torch.randn(5, 3))
+        ours.update(model)
+        theirs.update(model)
+    for a, b in zip(ours.module.state_dict().values(), theirs.module.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_ema_in_host_memory_returns_there_after_its_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``--model-ema-force-cpu --eval-ema``, also if a signal ends it: elsewhere the next update fails."""
+    moves = []
+
+    class Moved(nn.Linear):
+        def to(self, device: torch.device) -> nn.Module:
+            moves.append(str(device))
+            return self
+
+    def evaluate(model: nn.Module, *args: object, **kwargs: object) -> dict[str, float]:
+        raise Preempted
+
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+    ema = engine.Ema(Moved(3, 2), 0.9)
+    world, args = World(0, 0, 1, torch.device("cuda:0")), argparse.Namespace(print_freq=1, shard_eval=True)
+    with pytest.raises(Preempted):
+        fit.evaluate_with_ema(args, ema.module, None, DataLoader([0]), world, torch.float32)
+    assert moves == ["cuda:0", "cpu"]
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

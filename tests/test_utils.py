@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from runs import ROOT, environment, free_port
 
 import checkpoints
@@ -181,6 +183,84 @@ def test_errors_of_lost_peers_are_told_from_others() -> None:
     assert utils.lost_peer(RuntimeError(gloo + "\nmore")) == gloo
     assert utils.lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert utils.lost_peer(RuntimeError("DataLoader timed out after 5 seconds")) is None
+
+
+NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:2021, "
+
+
+@pytest.mark.parametrize(
+    "text, lost",
+    [
+        (
+            NCCL + "remote process exited or there was a network error, NCCL version 2.28.9\nncclRemoteError: A call",
+            True,
+        ),
+        (NCCL + "unhandled system error\nLast error:\nsocketPollConnect: Connection closed by remote peer n3<4>", True),
+        ("NCCL communicator was aborted on rank 1.", True),
+        ("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=9) ran for 60015 milliseconds", True),
+        (NCCL + "invalid usage\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 81000", False),
+        (NCCL + "unhandled cuda error (run with NCCL_DEBUG=INFO for details)", False),
+    ],
+)
+def test_nccls_errors_of_lost_peers_are_told_from_others(text: str, lost: bool) -> None:
+    assert (utils.lost_peer(dist.DistBackendError(text)) is not None) == lost
+
+
+@pytest.mark.parametrize(
+    "environment, gpus, expected",
+    [
+        (dict(LOCAL_RANK=1, LOCAL_WORLD_SIZE=2), 2, 1),
+        (dict(LOCAL_RANK=0, LOCAL_WORLD_SIZE=4), 2, "4 processes on this node and 2 GPU"),
+        (dict(LOCAL_RANK=1, LOCAL_WORLD_SIZE=2), 1, "2 processes on this node and 1 GPU"),
+        (dict(SLURM_LOCALID=3), 1, 0),  # each task sees its own
+        (dict(SLURM_LOCALID=3), 4, 3),
+        (dict(SLURM_LOCALID=3), 2, "4 processes on this node and 2 GPU"),
+    ],
+)
+def test_every_process_has_a_gpu_of_its_own_or_is_refused(
+    environment: dict[str, int], gpus: int, expected: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = "SLURM_PROCID=7 SLURM_NTASKS=8" if "SLURM_LOCALID" in environment else "RANK=7 WORLD_SIZE=8"
+    for word in (*launcher.split(), *(f"{name}={value}" for name, value in environment.items())):
+        monkeypatch.setenv(*word.split("="))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    if isinstance(expected, int):
+        assert utils.this_process("cuda").device == torch.device("cuda", expected)
+        return
+    with pytest.raises(utils.SetupError, match=expected):
+        utils.this_process("cuda")
+
+
+def test_two_processes_on_one_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
+    store = dist.HashStore()
+    device = torch.device("cuda", 0)
+    utils._claim_gpu(utils.World(0, 0, 3, device), store)
+    utils._claim_gpu(utils.World(0, 0, 3, device), store)  # again the same process
+    with pytest.raises(utils.SetupError, match="ranks 0 and 2 are both on GPU GPU-1"):
+        utils._claim_gpu(utils.World(2, 0, 3, device), store)
+
+
+def test_gloos_interface_problem_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**kwargs: object) -> None:
+        raise RuntimeError("[enforce fail at device.cc:113] Unable to find interface for: 10.0.0.1\nException raised")
+
+    monkeypatch.setattr(dist, "new_group", refuse)
+    with pytest.raises(utils.SetupError, match="GLOO_SOCKET_IFNAME"):
+        utils.StopSignal(utils.World(0, 0, 2, torch.device("cpu")))
+
+
+def test_an_error_is_told_before_nccls_group_is_aborted(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    told = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: not told)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: pytest.fail("waits for the dead"))
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: told.append(capsys.readouterr().err))
+    with pytest.raises(ValueError), utils.process_group("cpu"):
+        raise ValueError("what happened\nand more")
+    assert told == ["[rank 0] ValueError: what happened\n"]
 
 
 # ---- seeds -----------------------------------------------------------------------------------------------------------
