@@ -13,7 +13,9 @@ from types import ModuleType
 
 import pytest
 import torch
+import tqdm
 
+tqdm.tqdm.monitor_interval = 0  # its thread holds a lock now and then, for which a forked process would wait for ever
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden"
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7)
