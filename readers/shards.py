@@ -160,8 +160,20 @@ def _open(url: str) -> IO:
 
     if url.startswith(("http://", "https://")):
         command = "curl -sfLg --connect-timeout 30 --retry 5 --retry-delay 2 --speed-limit 1 --speed-time 60"
-        return gopen(f"pipe:{command} {shlex.quote(url)}", "rb")
-    return gopen(url, "rb")
+        url = f"pipe:{command} {shlex.quote(url)}"
+    _let_forks_wait()
+    with _starting:
+        return gopen(url, "rb")
+
+
+# Held while a command is started. A process that is forked just then inherits the writing end of the command's pipe, so
+# that the reader never sees its end: it would wait for ever, and whoever wants the same shard with it.
+_starting = threading.Lock()
+
+
+@lru_cache
+def _let_forks_wait() -> None:
+    os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release)
 
 
 def _read(url: str) -> bytes:

@@ -1,5 +1,6 @@
 """WebDataset shards: local ones are the tree they were made from, remote ones are exact in an order of their own."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -220,6 +221,28 @@ def test_a_download_that_breaks_off_is_repeated(
     dataset, _ = datasets.build_dataset(False, remote_args(server.url, tmp_path))
     assert len([dataset[index] for index in range(VAL)]) == VAL
     assert (server.asked["val-000000.tar"], server.asked["val-000001.tar"]) == (3, 2)
+
+
+def test_no_process_is_forked_while_a_thread_starts_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would keep the command's pipe open, and the thread would wait for its end for ever."""
+    began, order = threading.Event(), []
+
+    def gopen(url: str, mode: str) -> io.BytesIO:
+        began.set()
+        time.sleep(0.2)
+        order.append("started")
+        return io.BytesIO()
+
+    monkeypatch.setattr("webdataset.gopen.gopen", gopen)
+    thread = threading.Thread(target=shards._open, args=("pipe:true",))
+    thread.start()
+    assert began.wait(10)
+    child = multiprocessing.get_context("fork").Process(target=shards._open, args=("pipe:true",))
+    child.start()
+    order.append("forked")
+    child.join(20)
+    thread.join()
+    assert order == ["started", "forked"] and child.exitcode == 0
 
 
 def test_a_shard_that_cannot_be_fetched_is_named_also_from_a_worker(
