@@ -198,7 +198,10 @@ def explain_loader_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        advice = _advice(error)
+        try:
+            advice = _advice(error)
+        except RuntimeError as named:  # meanwhile torch's handler of SIGCHLD says which worker it was
+            error, advice = named, _advice(named)
         if advice is None:
             raise
         reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)

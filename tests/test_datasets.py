@@ -651,6 +651,17 @@ def test_a_worker_that_dies_during_a_hand_over_is_explained(error: Exception, mo
         raise error
 
 
+def test_a_worker_s_death_may_be_reported_while_it_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's handler of SIGCHLD raises wherever the main process just is."""
+
+    def died() -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(readers.loader, "_died", died)
+    with pytest.raises(DataError, match="a worker process was killed.*pid 7"), explain_loader_errors():
+        raise ConnectionResetError
+
+
 def test_workers_are_started_without_work_and_draw_what_later_ones_would() -> None:
     def batches(start: bool) -> list[list[int]]:
         loader = build_loader(

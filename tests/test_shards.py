@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -233,7 +234,7 @@ def test_no_process_is_forked_while_a_thread_starts_a_command(monkeypatch: pytes
         order.append("started")
         return io.BytesIO()
 
-    monkeypatch.setattr("webdataset.gopen.gopen", gopen)
+    monkeypatch.setattr(sys.modules["webdataset.gopen"], "gopen", gopen)
     thread = threading.Thread(target=shards._open, args=("pipe:true",))
     thread.start()
     assert began.wait(10)
