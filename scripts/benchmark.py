@@ -144,6 +144,8 @@ class Runner:
     ) -> None:
         _, channels, height, width = (1, 3, *model.patch_embed.img_size)
         self.model, self.device = model, device
+        if min(height, width) < min(model.patch_embed.patch_size):
+            raise ValueError(f"--img-size {height}: smaller than a patch of the model; give a larger one")
         self.images = torch.randn(batch_size, channels, height, width, device=device)
         self.targets = torch.randint(model.num_classes, (batch_size,), device=device)
         self.call = torch.compile(model, mode=mode) if mode else model
@@ -411,7 +413,7 @@ def check_args(args: argparse.Namespace) -> None:
     for name in args.compare or ():
         check_model_name(name.split("+")[0], "--compare")
     if args.model:
-        check_model_name(args.model)
+        check_model_name(args.model.split("+")[0])
     problems = []
     if unknown := set(args.only.split(",")) - set(TABLES):
         problems.append(f"--only {args.only}: no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")

@@ -45,7 +45,7 @@ def refused(command: Callable[[], int], words: tuple, monkeypatch, capsys: pytes
         (("--output_dir", "{tree}/val/class_0/0000.jpeg"), "0000.jpeg is a file: give a folder"),
         (("--model", "foo"), "--model foo"),
         (("--model", "deit_tiny_12", "--model-kwargs", "depth"), "KEY=VALUE"),
-        (("--model", "deit_tiny_12", "--model-kwargs", "depth=0", "embed_dim=48", "num_heads=3"), "deit_tiny_12"),
+        (("--model", "deit_tiny_12", "--model-kwargs", "depth=0", "embed_dim=48", "num_heads=3"), "no block with"),
         (("--model", "deit_tiny_12", "--resume", "{tree}/none.pth"), "none.pth"),
     ],
 )
@@ -60,9 +60,9 @@ def test_analyze(words: tuple, named: str, tmp_path: Path, monkeypatch, capsys: 
     ("words", "named"),
     [
         (("--model", "foo"), "--model foo"),
-        (("--model", "resnet10t"), "resnet10t is no vision transformer"),
+        (("--model", "resnet10t"), "--model resnet10t"),
         (("--compare", "deit_tiny_12", "foo"), "--compare foo"),
-        (("--img-size", "5"), "--model attnscale_tiny_12"),
+        (("--img-size", "5"), "--img-size 5: smaller than a patch"),
         (("--img-size", "0"), "--img-size 0"),
         (("-b", "0"), "--batch-size 0"),
         (("--rounds", "-1"), "--rounds -1"),
