@@ -40,6 +40,8 @@ from utils import World
 
 _logger = logging.getLogger(__name__)
 
+MAX_EVAL_BATCH = 256  # images
+
 
 # What the order of the images and their augmentation depend on, beside the number of processes.
 _ORDER_FLAGS = ("batch_size", "grad_accum", "seed", "fast_loader", "val_split", "val_split_seed")
@@ -234,6 +236,12 @@ def build_ema(args: argparse.Namespace, start: Start, model: nn.Module) -> engin
     return ema
 
 
+def release_weights(start: Start) -> None:
+    """Drops the tensors of the checkpoint, which model, EMA and optimizer have taken over: several times the model."""
+    for name in ("model", "model_ema", "optimizer"):
+        (start.checkpoint or {}).pop(name, None)
+
+
 def build_trainer(
     args: argparse.Namespace,
     start: Start,
@@ -316,6 +324,9 @@ def build_teacher(args: argparse.Namespace, classes: int, device: torch.device) 
         return None
     teacher = create_teacher(args, classes)
     load_weights(teacher, read_checkpoint(args.teacher_path)["model"], source=args.teacher_path)
+    if device.type == "cuda":  # the recipe's teacher is a convolutional network, always fed the same shape
+        torch.backends.cudnn.benchmark = True
+        teacher = teacher.to(memory_format=torch.channels_last)
     return teacher.to(device).eval().requires_grad_(False)
 
 
@@ -351,7 +362,8 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> L
     )
     sampler_train, sampler_val = build_samplers(dataset_train, dataset_val)
     common = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and world.device.type == "cuda"}
-    evaluation = common | {"batch_size": max(1, 3 * args.batch_size // 2), "drop_last": False}
+    # These are floats: larger batches are no faster, and go through shared memory, several a worker.
+    evaluation = common | {"batch_size": min(max(1, 3 * args.batch_size // 2), MAX_EVAL_BATCH), "drop_last": False}
     loader_val = build_loader(dataset_val, sampler_val, **evaluation)
     loader_train = loader_held_out = None
     if not args.eval:

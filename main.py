@@ -84,6 +84,7 @@ def run(
         evaluate_with_ema(args, model, ema, loaders.val, world, amp_dtype)
         return
     trainer = build.build_trainer(args, start, model, ema, world, amp_dtype, loaders.prepare)
+    build.release_weights(start)
     fit(args, start, trainer, loaders, world, about)
 
 
@@ -123,6 +124,15 @@ def cli() -> int:
     except engine.NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return entry.EXIT_NON_FINITE
+    except torch.OutOfMemoryError as error:
+        print(
+            f"[rank {rank}] error: the GPU's memory does not hold a step: lower --batch-size (--grad-accum keeps the "
+            "effective batch), or take --grad-checkpointing or --amp-dtype bfloat16 "
+            f"({str(error).partition('. GPU')[0].strip()})",
+            file=sys.stderr,
+            flush=True,
+        )
+        return entry.EXIT_BAD_INPUT
     except RuntimeError as error:
         lost = utils.lost_peer(error)
         if lost is None:

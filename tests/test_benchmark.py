@@ -144,7 +144,7 @@ def test_a_table_by_its_name_goes_into_the_results(tmp_path: Path) -> None:
 
 
 def test_unknown_table_is_refused() -> None:
-    with pytest.raises(ValueError, match="--only models,nope: no table nope; there are models, step"):
+    with pytest.raises(ValueError, match="--only models,nope: no table nope; there are models, host, step"):
         benchmark.main(benchmark.get_parser().parse_args(["--only", "models,nope"]))
 
 

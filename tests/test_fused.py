@@ -425,6 +425,10 @@ class TestWaysToRun:
         for way in (*ways, torch.export.export(model, (images,)).module()):
             torch.testing.assert_close(way(images), expected, rtol=1e-4, atol=1e-4)
 
+    def test_shapes_are_known_without_numbers(self, name: str) -> None:
+        model, _, images = self.pair(name)
+        assert model.to("meta")(images.to("meta")).shape == (2, TINY["num_classes"])
+
     @pytest.mark.slow
     def test_compiled(self, name: str) -> None:
         if name.startswith("featscale"):

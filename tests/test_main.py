@@ -22,6 +22,8 @@ from timm.layers import DropPath
 from torch import nn
 
 import build
+import entry
+import main
 import models
 import optim
 import oversmoothing
@@ -679,3 +681,22 @@ def test_main_is_a_table_of_contents() -> None:
     text = (ROOT / "main.py").read_text()
     body = text.split("def main(")[1].split("\n\n\ndef ")[0]
     assert len(body.splitlines()) <= 75
+
+
+def test_too_little_memory_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(args: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB"
+        )
+
+    monkeypatch.setattr(main, "main", run)
+    monkeypatch.setattr("sys.argv", ["main.py"])
+    assert main.cli() == entry.EXIT_BAD_INPUT
+    assert "lower --batch-size" in capsys.readouterr().err
+
+
+def test_the_checkpoint_is_dropped_before_training() -> None:
+    start = build.Start("x.pth", {"model": {}, "model_ema": {}, "optimizer": {}, "data": 3})
+    build.release_weights(start)
+    assert start.checkpoint == {"data": 3}
+    build.release_weights(build.Start())

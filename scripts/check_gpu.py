@@ -1,0 +1,582 @@
+"""What a new machine's GPU makes of this repository: one command, at most nine minutes on one GPU, no network, no data.
+
+    python scripts/check_gpu.py                              # everything; the results also go to check_gpu.json
+    python scripts/check_gpu.py --only parity speed chunk
+    python scripts/check_gpu.py --device cpu --quick         # the same code, small; its times mean nothing
+
+Every number is *held* (it meets its aim), *missed* (the line then names the flag or the constant to change) or
+*measured* (there is no aim). Sections run one after another with a limit of time each, on a GPU in processes of their
+own: one that fails or hangs loses only itself. The exit code is 1 if a check of correctness was missed or a section
+failed.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import oversmoothing
+from oversmoothing.fused import talking_heads
+from scripts.benchmark import Runner, build, describe_machine
+from scripts.benchmark_data import build_sets, compare_loaders, make_photographs
+from scripts.benchmark_step import build_step, step_table
+
+ROOT = Path(__file__).resolve().parents[1]
+DEIT = ("deit_small_patch16_224", "attnscale_small_12", "featscale_small_12", "attnfeatscale_small_12")
+CAIT = ("cait_s24_224", "attnscale_cait_S24_224", "featscale_cait_S24_224")
+QUICK = dict(embed_dim=48, num_heads=3, depth=3, patch_size=8)  # of the same kinds, at 32 pixels
+
+
+class Report:
+    """Writes results as lines of JSON: those before a crash are kept."""
+
+    def __init__(self, path: Path, section: str) -> None:
+        self.path, self.section = path, section
+
+    def add(
+        self, name: str, value: float | str, unit: str = "", *, at_most: float | None = None,
+        at_least: float | None = None, change: str = "", correctness: bool = False,
+    ) -> None:  # fmt: skip
+        """A measured value; with an aim it is held or missed, and ``change`` says what to do about the latter."""
+        held = (at_most is None or value <= at_most) and (at_least is None or value >= at_least)
+        aim = f"<= {at_most:g}" if at_most is not None else f">= {at_least:g}" if at_least is not None else ""
+        verdict = "measured" if not aim else "held" if held else "missed"
+        line = dict(section=self.section, name=name, value=value, unit=unit, aim=aim, verdict=verdict)
+        self.write(line | dict(change=change if verdict == "missed" else "", correctness=correctness))
+
+    def failed(self, reason: str) -> None:
+        """The section did not come to its end."""
+        change = "its results so far are above; run it alone: --only " + self.section
+        line = dict(section=self.section, name="section", value=reason, unit="", aim="", verdict="failed")
+        self.write(line | dict(change=change, correctness=True))
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends it and shows it."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(format_line(line), flush=True)
+
+
+def format_line(line: dict[str, Any]) -> str:
+    """One result in columns."""
+    value = f"{line['value']:.4g}" if isinstance(line["value"], float) else str(line["value"])
+    text = f"{line['verdict']:9}{line['section']:12}{line['name']:62}{value + ' ' + line['unit']:>16}  {line['aim']}"
+    return text.rstrip() + (f"\n{'':9}-> {line['change']}" if line["change"] else "")
+
+
+class Setting(argparse.Namespace):
+    """What sections read: ``device``, ``quick``."""
+
+    device: torch.device
+    quick: bool
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def wait(self) -> None:
+        """Until the device has done what was asked of it."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def build(self, name: str) -> nn.Module:
+        """The model with random lambda, of full size on a GPU; with ``--quick`` small."""
+        torch.manual_seed(0)
+        if not self.quick:
+            return build(name, None, self.device)
+        return build(name, 32, self.device, **QUICK)
+
+    def time(self, runners: list[Runner], phase: str, steps: int, rounds: int = 3) -> list[tuple[float, float]]:
+        """(step, host) in milliseconds for each: its fastest round; they take turns, after a step each to warm up."""
+        best = [(math.inf, math.inf)] * len(runners)
+        for number in range(rounds + 1):
+            for i, runner in enumerate(runners):
+                step, repeats = getattr(runner, phase), steps if number else 2
+                self.wait()
+                start = time.perf_counter()
+                for _ in range(repeats):
+                    step()
+                host = time.perf_counter() - start
+                self.wait()
+                if number:
+                    took = (1e3 * (time.perf_counter() - start) / repeats, 1e3 * host / repeats)
+                    best[i] = tuple(map(min, best[i], took))
+        return best
+
+    def peak_gib(self, runner: Runner) -> float:
+        """Memory of a training step at its peak."""
+        if not self.on_gpu:
+            return 0.0
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        runner.train()
+        return (torch.cuda.max_memory_allocated(self.device) - before) / 2**30
+
+
+# ------------------------------------------------------------------------------------------------------------- sections
+
+
+def environment(setting: Setting, report: Report) -> None:
+    """Versions, the card, and the collectives of a run in a group of one."""
+    for name, value in describe_machine(setting.device).items():
+        report.add(name, str(value))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(random.randint(20000, 40000)))
+    if setting.on_gpu:
+        report.add("capability", "{}.{}".format(*torch.cuda.get_device_capability(setting.device)))
+        report.add("memory", torch.cuda.get_device_properties(setting.device).total_memory / 2**30, "GiB")
+        report.add("driver", str(torch.cuda.driver_version() if hasattr(torch.cuda, "driver_version") else "?"))
+        torch.cuda.set_device(setting.device)
+    backend = "nccl" if setting.on_gpu else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.broadcast_object_list([ValueError("x")], src=0)
+    gathered = [None]
+    dist.all_gather_object(gathered, {"a": 1})
+    for tensor in (torch.ones((), dtype=torch.int64), torch.ones(2, 2, dtype=torch.float64)):
+        dist.all_reduce(tensor.to(setting.device), op=dist.ReduceOp.MIN)
+    group = dist.new_group(backend="gloo")
+    dist.all_reduce(torch.tensor([0]), group=group, async_op=True).wait()
+    dist.destroy_process_group()
+    report.add(f"collectives of a run, {backend} group of one (1: done)", 1.0, at_least=1, correctness=True)
+
+
+def parity(setting: Setting, report: Report) -> None:
+    """Loss and gradient of the fast forms in three precisions against the definition in float64 on the CPU."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    # Relative error of the whole gradient: rounding of each precision, over a network's depth.
+    limits = {None: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+    names = ("attnscale_small_12", "featscale_small_12", "attnfeatscale_small_12", "attnscale_cait_XXS24_224")
+    for name in names:
+        model = setting.build(name).cpu()
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "gamma" in key:
+                    parameter.fill_(0.1)
+        side = model.patch_embed.img_size[0]
+        images, targets = torch.randn(4, 3, side, side), torch.randint(model.num_classes, (4,))
+        dense = oversmoothing.set_fused(copy.deepcopy(model), False).double()
+        exact = _gradient(dense, images.double(), targets, None)
+        for dtype, limit in limits.items():
+            fused = copy.deepcopy(model).to(setting.device)
+            found = _gradient(fused, images.to(setting.device), targets.to(setting.device), dtype)
+            plain = oversmoothing.set_fused(fused, False)
+            beside = _gradient(plain, images.to(setting.device), targets.to(setting.device), dtype)
+            error, of_definition = (float((g - exact).norm() / exact.norm()) for g in (found, beside))
+            precision = "float32" if dtype is None else str(dtype)[6:]
+            # As good as the definition in the same precision is good enough, however bad that is.
+            limit = max(limit, 1.5 * of_definition)
+            report.add(
+                f"{name}, {precision}: gradient", error, at_most=limit, correctness=True,
+                change=f"--model-kwargs fused=False computes the definition (error {of_definition:.1e}); tell us",
+            )  # fmt: skip
+
+
+def _gradient(model: nn.Module, images: Tensor, targets: Tensor, dtype: torch.dtype | None) -> Tensor:
+    model.train().zero_grad(set_to_none=True)
+    with torch.autocast(images.device.type, dtype or torch.float32, enabled=dtype is not None):
+        logits = model(images)
+    (1024 * F.cross_entropy(logits if images.dtype == torch.float64 else logits.float(), targets)).backward()
+    return torch.cat([p.grad.double().flatten().cpu() / 1024 for p in model.parameters()])
+
+
+def waits(setting: Setting, report: Report) -> None:
+    """Ten steps in which every wait of the host for the device is an error."""
+    import engine
+    import utils
+
+    small = ("--model-kwargs", *(f"{k}={v}" for k, v in QUICK.items()), "--input-size", "32") if setting.quick else ()
+    for extra in ((), ("--clip-grad", "1"), ("--amp-dtype", "bfloat16"), ("--model", "featscale_cait_XXS24_224")):
+        flags = ["--model", "attnscale_small_12", "--batch-size", "16", *small, *extra]
+        trainer, batches = build_step(utils.World(0, 0, 1, setting.device), *flags)
+        meters, guard = utils.Meters(trainer.device), engine._FiniteLossGuard(trainer.device)
+        trainer.model.train()
+
+        def step(number: int, trainer=trainer, batches=batches, meters=meters, guard=guard) -> None:
+            utils.seed_everything(0, 0, 0, number)
+            images, targets = (batch.to(trainer.device, non_blocking=True) for batch in batches[number % 2])
+            loss = engine.forward_backward(trainer, images, targets)
+            engine.optimizer_step(trainer)
+            guard.watch(loss, number)
+            meters.update(len(images), loss=loss, lr=0.1)
+
+        for number in range(3 if setting.on_gpu else 1):
+            step(number)
+        setting.wait()
+        found = 0
+        if setting.on_gpu:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for number in range(10):
+                    step(number)
+            except RuntimeError as error:
+                found = str(error).split("\n")[0]
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        name = f"host waits in ten steps, {' '.join(extra) or 'default'}"
+        if isinstance(found, str):
+            report.failed(f"{name}: {found}")
+        else:
+            report.add(name, 0.0, at_most=0, correctness=True)
+
+
+def speed(setting: Setting, report: Report) -> None:
+    """Step, host and evaluation time and memory of the remedies against timm's plain models and the dense form."""
+    deit = {32: 1.10, 64: 1.05, 256: 1.02} if setting.on_gpu else {2: None}
+    cait = {32: None, 128: 0.75} if setting.on_gpu else {2: None}
+    for dtype in ("bfloat16", "float16") if setting.on_gpu else ("bfloat16",):
+        for names, batches, memory in ((DEIT, deit, 1.02), (CAIT, cait, 0.55)):
+            for batch, aim in batches.items():
+                _compare(setting, report, names, batch, dtype, aim, memory if setting.on_gpu else None)
+
+
+def _compare(
+    setting: Setting, report: Report, names: tuple[str, ...], batch: int, dtype: str, aim: float | None,
+    memory: float | None,
+) -> None:  # fmt: skip
+    kind = "deit" if names is DEIT else "cait"
+    models = [setting.build(name) for name in names]
+    models.append(oversmoothing.set_fused(setting.build(names[1]), False))  # and its definition
+    runners = [Runner(model, batch, setting.device, dtype) for model in models]
+    steps = 10 if setting.on_gpu else 1
+    rounds = 3 if setting.on_gpu else 1
+    try:
+        peaks = [setting.peak_gib(runner) for runner in runners]
+        train = setting.time(runners, "train", steps, rounds)
+        evaluation = setting.time(runners, "infer", steps, rounds)
+    except torch.OutOfMemoryError:
+        return report.add(f"{kind}, {dtype}, batch {batch}", "out of memory")
+    where = f"{dtype}, batch {batch}"
+    report.add(f"{names[0]}, {where}: step", train[0][0], "ms")
+    report.add(f"{names[0]}, {where}: host", train[0][1], "ms")
+    slow = "--torchcompile, or a larger --batch-size" if kind == "deit" else "talking_heads.CHUNK_BYTES (section chunk)"
+    for i, name in enumerate(names[1:], start=1):
+        one = None if aim is None or name.startswith("attnfeat") else aim
+        report.add(f"{name}, {where}: step / timm's", train[i][0] / train[0][0], at_most=one, change=slow)
+        report.add(f"{name}, {where}: host / timm's", train[i][1] / train[0][1])
+        report.add(f"{name}, {where}: evaluation / timm's", evaluation[i][0] / evaluation[0][0])
+        if setting.on_gpu:
+            limit = memory if aim is not None else None
+            report.add(f"{name}, {where}: memory / timm's", peaks[i] / peaks[0], at_most=limit, change=slow)
+    least = 1.5 if aim is not None and batch >= 128 else None
+    report.add(f"{names[1]}, {where}: dense form / ours", train[-1][0] / train[1][0], at_least=least, change=slow)
+
+
+def compiled(setting: Setting, report: Report) -> None:
+    """The same under torch.compile, against the compiled plain model."""
+    sizes = ((DEIT[:2], 64), (DEIT[:2], 256), (CAIT[:2], 32)) if setting.on_gpu else ()
+    if not sizes:
+        return report.add("not on a CPU: compiling takes too long", "left out")
+    for names, batch in sizes:
+        runners = [Runner(setting.build(name), batch, setting.device, "bfloat16", "default") for name in names]
+        start = time.perf_counter()
+        for runner in runners:
+            runner.train()
+        setting.wait()
+        report.add(f"{names[1]}, batch {batch}: compiling both", time.perf_counter() - start, "s")
+        (plain, _), (ours, _) = setting.time(runners, "train", 10)
+        report.add(
+            f"{names[1]}, batch {batch}: step / compiled {names[0]}", ours / plain, at_most=1.02,
+            change="leave --torchcompile out, or try --torchcompile reduce-overhead",
+        )  # fmt: skip
+        report.add(f"{names[1]}, batch {batch}: memory", setting.peak_gib(runners[1]), "GiB")
+
+
+def kernels(setting: Setting, report: Report) -> None:
+    """Which kernels compute attention."""
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if setting.on_gpu else [ProfilerActivity.CPU]
+    for name in (DEIT[1], CAIT[1]):
+        runner = Runner(setting.build(name), 8, setting.device, "bfloat16")
+        runner.train()
+        with profile(activities=activities) as profiler:
+            runner.train()
+            setting.wait()
+        signs = ("flash", "fmha", "sdp", "attention")
+        found = {event.key for event in profiler.key_averages() if any(sign in event.key.lower() for sign in signs)}
+        for key in sorted(found)[:6]:
+            report.add(f"{name}: {key[:46]}", "ran")
+
+
+def chunk(setting: Setting, report: Report) -> None:
+    """The scratch buffer of the talking heads: the fastest size of a chunk."""
+    constant = "CHUNK_BYTES" if setting.on_gpu else "CPU_CHUNK_BYTES"
+    default = getattr(talking_heads, constant)
+    sizes = (8, 16, 32, 64, 128, 256, 1024) if setting.on_gpu else (1, 2, 4)
+    shapes = ((128, 8, 196, 48), (32, 8, 196, 48), (16, 8, 576, 48)) if setting.on_gpu else ((2, 4, 49, 8),)
+    for shape in shapes:
+        batch, heads, tokens, channels = shape
+        dtype = torch.bfloat16 if setting.on_gpu else torch.float32
+        qkv = torch.randn(3, batch, heads, tokens, channels, device=setting.device, dtype=dtype, requires_grad=True)
+        sizes_of = ((heads, heads), (heads,), (heads, heads), (heads,))
+        mixings = [torch.randn(*size, device=setting.device, requires_grad=True) for size in sizes_of]
+
+        def step(qkv=qkv, mixings=mixings, scale=channels**-0.5) -> None:
+            torch.autograd.backward(talking_heads.talking_heads(qkv, scale, *mixings).float().sum())
+
+        times = {}
+        for mib in (*sizes, default // 2**20):
+            setattr(talking_heads, constant, mib * 2**20)
+            times[mib] = min(_seconds(setting, step, 5) for _ in range(3))
+        setattr(talking_heads, constant, default)
+        best = min(times, key=times.get)
+        report.add(f"{shape}: default {default // 2**20} MiB", 1e3 * times[default // 2**20], "ms")
+        report.add(
+            f"{shape}: default / fastest, {best} MiB", times[default // 2**20] / times[best],
+            at_most=1.03 if setting.on_gpu else None,
+            change=f"oversmoothing/fused/talking_heads.py: {constant} = {best} * 2**20",
+        )  # fmt: skip
+
+
+def _seconds(setting: Setting, step: Callable[[], None], repeats: int) -> float:
+    setting.wait()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    setting.wait()
+    return (time.perf_counter() - start) / repeats
+
+
+def training(setting: Setting, report: Report) -> None:
+    """Float16 and bfloat16 beside float32: the same 300 steps, from the recipe's start of LayerScale."""
+    steps, batch = (300, 128) if setting.on_gpu else (6, 8)
+    size = dict(embed_dim=192, num_heads=4, depth=12) if setting.on_gpu else dict(embed_dim=24, num_heads=2, depth=2)
+    kinds = ("attnscale_tiny_12", "attnscale_cait_XXS24_224") if setting.on_gpu else ("attnscale_cait_XXS24_224",)
+    for name in kinds:
+        losses = {}
+        for precision in ("float32", "float16", "bfloat16"):
+            dtype = getattr(torch, precision)
+            torch.manual_seed(0)
+            model = timm.create_model(name, img_size=32, patch_size=4, num_classes=8, **size).to(setting.device).train()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+            scaler = torch.amp.GradScaler(setting.device.type, enabled=dtype == torch.float16)
+            patterns = torch.randn(8, 3, 32, 32, device=setting.device)
+            total = torch.zeros(steps, device=setting.device)
+            skipped, scale = 0, scaler.get_scale()
+            for step in range(steps):
+                targets = torch.randint(8, (batch,), device=setting.device)
+                images = patterns[targets] + 3 * torch.randn(batch, 3, 32, 32, device=setting.device)
+                with torch.autocast(setting.device.type, dtype, enabled=dtype != torch.float32):
+                    loss = F.cross_entropy(model(images).float(), targets)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                total[step] = loss.detach()
+                if scaler.is_enabled() and step % 10 == 9:
+                    skipped, scale = skipped + (scaler.get_scale() < scale), scaler.get_scale()
+            losses[precision] = float(total[-steps // 6 :].mean())
+            report.add(f"{name}, {precision}: loss at the end", losses[precision])
+            if dtype == torch.float16:
+                report.add(f"{name}: loss scale at the end", scale)
+                report.add(f"{name}: times the scale fell", float(skipped), at_most=5, change="--amp-dtype bfloat16")
+        for precision in ("float16", "bfloat16"):
+            report.add(
+                f"{name}, {precision}: loss beside float32's", abs(losses[precision] - losses["float32"]),
+                at_most=0.05 if setting.on_gpu else 0.5, correctness=True, change="--amp-dtype float32 for this model",
+            )  # fmt: skip
+
+
+def share(setting: Setting, report: Report) -> None:
+    """What of a step lies outside forward and backward, in the recipe's own loop."""
+    batches = (64, 256) if setting.on_gpu else (4,)
+    for batch in batches:
+        args = argparse.Namespace(device=str(setting.device), quick=True, batch_size=batch, steps=20)
+        if setting.quick:
+            args.steps, args.model = 2, "attnscale_tiny_12"
+        rows = {row["part"]: row for row in step_table(args)}
+        for part, row in rows.items():
+            aim = 0.04 if part == "all but forward and backward" and setting.on_gpu else None
+            change = "the largest part above; each is measured with a wait, so launch-bound parts look larger"
+            report.add(f"batch {batch}: {part}", row["share"], at_most=aim, change=change)
+
+
+def data(setting: Setting, report: Report) -> None:
+    """Images a second that one core feeds, and how many cores this GPU wants at DeiT-S."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        number = 192 if setting.on_gpu else 8
+        make_photographs(tree, number)
+        rows = compare_loaders(build_sets(tree, Path(folder)), number, 1, 32 if setting.on_gpu else 4)
+    rate = rows[1]["images_per_core_s"]  # of files, with the fast loader; the first is the plain one
+    report.add("images/s a core, the default loader", rate, "1/s")
+    runner = Runner(setting.build(DEIT[1]), 256 if setting.on_gpu else 2, setting.device, "bfloat16")
+    (step, _), *_ = setting.time([runner], "train", 5, 1)
+    wanted = 1e3 * len(runner.images) / step
+    report.add("images/s of this device at attnscale_small_12", wanted, "1/s")
+    cores = len(os.sched_getaffinity(0))
+    report.add(
+        f"share of that which {cores} cores feed", cores * rate / wanted, at_least=1.0 if setting.on_gpu else None,
+        change=f"--num_workers {math.ceil(wanted / rate)}, which takes as many cores; or smaller files",
+    )  # fmt: skip
+
+
+def resume(setting: Setting, report: Report) -> None:
+    """A run that is killed and started again ends where an uninterrupted one does."""
+    if setting.quick:
+        return report.add("tests/test_resume.py does this on a CPU", "left out")
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        for split, number in (("train", 64), ("val", 8)):
+            for label in range(4):
+                place = Path(folder) / "data" / split / str(label)
+                place.mkdir(parents=True)
+                for i in range(number):
+                    pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                    pixels[:, :, label % 3] //= 2 + label
+                    Image.fromarray(pixels).save(place / f"{i}.jpg")
+        words = [
+            *(sys.executable, "main.py", "--model", "attnscale_small_12", "--input-size", "32", "--epochs", "3"),
+            *("--model-kwargs", "embed_dim=96", "depth=3", "num_heads=3", "patch_size=4", "--data-set", "FOLDER"),
+            *("--data-path", f"{folder}/data", "--batch-size", "16", "--num_workers", "2", "--auto_reload"),
+            *("--device", str(setting.device), "--checkpoint-steps", "4", "--warmup-epochs", "0"),
+        ]
+        results = {}
+        for name, signal_after in (("whole", None), ("killed", "checkpoint.pth")):
+            output = Path(folder) / name
+            run = [*words, "--output_dir", str(output)]
+            if signal_after:
+                process = subprocess.Popen(run, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                while process.poll() is None and not (output / signal_after).exists():
+                    time.sleep(0.02)
+                process.kill()
+                process.wait()
+            subprocess.run(run, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            results[name] = json.loads((output / "log.txt").read_text().splitlines()[-1])
+        difference = abs(results["whole"]["test_loss"] - results["killed"]["test_loss"])
+        report.add("test loss, killed and resumed against whole", difference, at_most=1e-2, correctness=True)
+
+
+# Name -> what to run and its limit in seconds; in the order of value, for when time runs out.
+SECTIONS: dict[str, tuple[Callable[[Setting, Report], None], float]] = {
+    "environment": (environment, 60),
+    "parity": (parity, 90),
+    "waits": (waits, 60),
+    "speed": (speed, 180),
+    "chunk": (chunk, 40),
+    "training": (training, 100),
+    "share": (share, 40),
+    "kernels": (kernels, 40),
+    "resume": (resume, 90),
+    "data": (data, 50),
+    "compiled": (compiled, 150),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+class _OutOfTime(Exception):
+    """A section ran past its limit."""
+
+
+@contextmanager
+def _limit(seconds: float) -> Iterator[None]:
+    def stop(*signal_arguments: object) -> None:
+        raise _OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run_section(name: str, setting: Setting, path: Path, limit: float) -> None:
+    """Runs one section here; what it raises, or that it takes too long, becomes its last result."""
+    report = Report(path, name)
+    try:
+        with _limit(limit):
+            SECTIONS[name][0](setting, report)
+    except _OutOfTime:
+        report.failed(f"stopped after {limit:.0f} s")
+    except Exception as error:  # whatever it is, the other sections go on
+        report.failed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run_apart(name: str, args: argparse.Namespace, path: Path, limit: float) -> None:
+    """Runs one section in a process of its own, which a crashed driver or a hang cannot outlive."""
+    words = [sys.executable, str(Path(__file__)), "--section", name, "--lines", str(path), "--device", args.device]
+    words += ["--seconds", str(limit)] + ["--quick"] * args.quick
+    try:
+        code = subprocess.run(words, timeout=limit + 15).returncode
+        if code:
+            Report(path, name).failed(f"its process ended with {code}")
+    except subprocess.TimeoutExpired:
+        Report(path, name).failed(f"hung; ended after {limit + 15:.0f} s")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="small models, few steps: whether everything runs")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="NAME", help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--seconds", type=float, default=540, help="for all; what is left out then is said")
+    parser.add_argument("--results-file", type=Path, default=Path("check_gpu.json"), metavar="JSON")
+    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs the sections, prints what was missed, writes the JSON file."""
+    args = get_parser().parse_args(words)
+    setting = Setting(device=torch.device(args.device), quick=args.quick or args.device == "cpu")
+    if args.section:
+        run_section(args.section, setting, args.lines, args.seconds)
+        return 0
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lines"
+        path.touch()
+        for name in args.only or SECTIONS:
+            left = args.seconds - (time.monotonic() - began)
+            limit = min(SECTIONS[name][1], left)
+            if left < 5:
+                Report(path, name).add("not run: no time left", "left out")
+            elif setting.on_gpu:
+                run_apart(name, args, path, limit)
+            else:
+                run_section(name, setting, path, limit)
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    took = time.monotonic() - began
+    counts = {verdict: sum(line["verdict"] == verdict for line in lines) for verdict in ("held", "missed", "measured")}
+    failed = [line for line in lines if line["verdict"] == "failed"]
+    missed = [line for line in lines if line["verdict"] == "missed"]
+    print(f"\n{took:.0f} s: " + ", ".join(f"{number} {verdict}" for verdict, number in counts.items()), end="")
+    print(f", {len(failed)} section(s) failed")
+    for line in (*missed, *failed):
+        print(format_line(line))
+    results = dict(command=["python", *sys.argv], seconds=took, quick=setting.quick, results=lines)
+    args.results_file.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return int(bool(failed) or any(line["correctness"] for line in missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""scripts/check_gpu.py runs everywhere and judges what it measures; a section that fails or hangs loses only itself."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from runs import ROOT
+
+from scripts import check_gpu
+
+CPU = ["--device", "cpu", "--quick"]
+
+
+@pytest.mark.slow
+def test_every_section_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert check_gpu.main([*CPU, "--results-file", str(tmp_path / "results.json")]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert {line["section"] for line in results} == set(check_gpu.SECTIONS)
+    assert not [line for line in results if line["verdict"] in ("failed", "missed")]
+    assert sum(line["verdict"] == "held" for line in results) > 15
+
+
+def broken(setting: check_gpu.Setting, report: check_gpu.Report) -> None:
+    report.add("before", 1.0)
+    raise RuntimeError("illegal memory access\nand more")
+
+
+def slow(setting: check_gpu.Setting, report: check_gpu.Report) -> None:
+    time.sleep(60)
+
+
+def wrong(setting: check_gpu.Setting, report: check_gpu.Report) -> None:
+    report.add("gradient", 0.2, at_most=0.1, change="a flag", correctness=True)
+
+
+def late(setting: check_gpu.Setting, report: check_gpu.Report) -> None:
+    report.add("ratio", 2.0, at_most=1.0, change="another flag")
+    report.add("rate", 2.0, at_least=1.0)
+
+
+def test_what_fails_loses_only_itself_and_what_is_missed_names_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections = dict(broken=(broken, 9), slow=(slow, 0.2), wrong=(wrong, 9), late=(late, 9))
+    monkeypatch.setattr(check_gpu, "SECTIONS", sections)
+    file = tmp_path / "results.json"
+    assert check_gpu.main([*CPU, "--seconds", "100", "--results-file", str(file)]) == 1
+    lines = [(line["section"], line["verdict"], line["change"]) for line in json.loads(file.read_text())["results"]]
+    assert [line[:2] for line in lines] == [
+        *(("broken", "measured"), ("broken", "failed"), ("slow", "failed")),
+        *(("wrong", "missed"), ("late", "missed"), ("late", "held")),
+    ]
+    assert "illegal memory access" in capsys.readouterr().out and lines[3][2] == "a flag"
+    assert check_gpu.main([*CPU, "--only", "late", "--results-file", str(file)]) == 0  # slow, but right
+
+
+def test_sections_that_no_time_is_left_for_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_gpu, "SECTIONS", dict(late=(late, 9)))
+    file = tmp_path / "results.json"
+    assert check_gpu.main([*CPU, "--seconds", "3", "--results-file", str(file)]) == 0
+    assert [line["name"] for line in json.loads(file.read_text())["results"]] == ["not run: no time left"]
