@@ -175,7 +175,7 @@ def _explain_image_errors(path: File) -> Iterator[None]:
             raise
         except Exception as error:  # on damaged files the decoders fail in any way
             raise BadImageError(
-                f"cannot read image {path} ({archives.brief(error)}): repair or remove it, "
+                f"cannot read image {archives.shown(path)} ({archives.brief(error)}): repair or remove it, "
                 "or pass --skip-bad-images N to skip up to N such images"
             ) from error
 

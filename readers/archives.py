@@ -154,6 +154,12 @@ def load_table(content: bytes) -> np.ndarray:
     return table
 
 
+def shown(name: object) -> str:
+    """A file's name as part of one line: such as it is, or escaped where it would break that line or hide in it."""
+    text = str(name)
+    return text if text.isprintable() and len(text) < 300 else ascii(text)[:300]
+
+
 def brief(error: BaseException) -> str:
     """An error in one short line of plain characters."""
     lines = str(error).strip().splitlines()
@@ -344,8 +350,8 @@ def _list_tar(path: str) -> tuple[dict[str, Place], set[str]]:
             files[name] = files[target]
         elif posixpath.splitext(name)[1].lower() in ("", *IMG_EXTENSIONS):  # an image or perhaps a class
             raise DataError(
-                f"--data-path: {path} holds {name} only as a link to {target or 'a special file'}, which is not in it: "
-                "pack the images themselves (tar --dereference)"
+                f"--data-path: {path} holds {shown(name)} only as a link to {shown(target) or 'a special file'}, "
+                "which is not in it: pack the images themselves (tar --dereference)"
             )
     return files, folders
 
@@ -364,16 +370,16 @@ def _list_zip(path: str) -> tuple[dict[str, Place], set[str]]:
         name = _checked_name(path, entry.filename)
         if _is_of_macos(name):
             continue
-        if entry.is_dir():
+        if entry.filename.endswith("/"):  # is_dir fails on an empty name
             folders.add(name)
         else:
             if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise DataError(
-                    f"--data-path: {path} holds {name} encrypted or compressed in a way that cannot be read in place: "
-                    "repack it with zip -0"
+                    f"--data-path: {path} holds {shown(name)} encrypted or compressed in a way that cannot be read in "
+                    "place: repack it with zip -0"
                 )
             if entry.header_offset < 0 or entry.header_offset + LOCAL_HEADER + entry.compress_size > length:
-                raise DamagedError(f"--data-path: {path} ends before {name} does: it is damaged, fetch it again")
+                raise DamagedError(f"--data-path: {path} ends before {shown(name)} does: it is damaged, fetch it again")
             files[name] = (entry.header_offset, entry.compress_size, entry.compress_type, entry.CRC)
     return files, folders
 

@@ -38,7 +38,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from . import archives
-from .archives import DamagedError, DataError, Member, Members, brief
+from .archives import DamagedError, DataError, Member, Members, brief, shown
 from .files import MAX_FILE, open_file, read_file
 
 _logger = logging.getLogger(__name__)
@@ -243,8 +243,8 @@ def scan_shard(path: str, number: int = 0) -> np.ndarray:
                 digits = file.read(label.size).strip()
             if image is None or not digits.isdigit() or len(digits) > MAX_LABEL_DIGITS or image.size > MAX_FILE:
                 raise DataError(
-                    f"--data-path: {path} is no shard of labelled images: {key} lacks its .jpg, or a .cls with the "
-                    "number of its class"
+                    f"--data-path: {path} is no shard of labelled images: {shown(key)} lacks its .jpg, or a .cls with "
+                    "the number of its class"
                 )
             file.seek(image.start)
             crc = zlib.crc32(file.read(image.size))
@@ -421,7 +421,7 @@ class RemoteMembers(Sequence):
         self._make_room(keep=path)
 
     def _claim_folder(self) -> None:
-        self.base.mkdir(parents=True, exist_ok=True)
+        self.base.mkdir(mode=0o755, parents=True, exist_ok=True)
         with suppress(FileExistsError):
             self.folder.mkdir(mode=0o700)
         self._check_folder()

@@ -5,7 +5,6 @@ import os
 import shutil
 import stat
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -157,23 +156,27 @@ def test_a_damaged_shard_is_fetched_again(spoil: object, folder: Path, expected:
     assert read_all(members_of(folder, tmp_path)) == expected
 
 
-def test_the_cache_may_be_removed_at_any_moment(folder: Path, expected: list, tmp_path: Path) -> None:
-    members, over = members_of(folder, tmp_path / "cache"), threading.Event()
+@pytest.mark.parametrize("moment", ["_to_disk", "_locked", "disk_usage"])
+def test_the_cache_may_be_removed_at_any_moment(
+    moment: str, folder: Path, expected: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a shard is written, before it is locked, before it is downloaded; and after it was opened."""
+    owner = shutil if moment == "disk_usage" else shards
+    original, removed = getattr(owner, moment), []
 
-    def remove() -> None:
-        while not over.is_set():
+    def remove_before(*arguments: object, **kwargs: object) -> object:
+        if len(removed) % 3 == 0:
             shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-            time.sleep(0.02)
+        removed.append(moment)
+        return original(*arguments, **kwargs)
 
-    thread = threading.Thread(target=remove)
-    thread.start()
-    try:
-        for _ in range(3):
-            new_process()
-            assert read_all(members) == expected
-    finally:
-        over.set()
-        thread.join()
+    monkeypatch.setattr(owner, moment, remove_before)
+    members = members_of(folder, tmp_path / "cache")
+    assert read_all(members) == expected and len(removed) > 2
+    monkeypatch.undo()
+    member, _ = members[0]
+    shutil.rmtree(tmp_path / "cache")
+    assert member.read() == expected[0]
 
 
 def test_parts_of_killed_downloads_make_room(folder: Path, tmp_path: Path) -> None:
