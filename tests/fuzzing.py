@@ -20,12 +20,12 @@ class Hang(BaseException):
 
 
 @contextmanager
-def watched() -> Iterator[None]:
+def watched(megabytes: int = MEGABYTES) -> Iterator[None]:
     """Around all cases of a fuzzer: memory that one of them took stays in the process's peak."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
-    assert grown < MEGABYTES, f"a case took {grown} MB"
+    assert grown < megabytes, f"a case took {grown} MB"
 
 
 @contextmanager

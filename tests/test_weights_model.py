@@ -1,6 +1,7 @@
 """Models by name, from checkpoints and from published folders: what a file may decide, and what it may not."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,18 @@ def test_a_file_decides_by_plain_values_alone() -> None:
 def test_what_cannot_be_built_is_one_sentence(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         create_model(**{"name": "vit_tiny_patch16_224"} | kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"embed_dim": 9984}, {"depth": 50}, {"mlp_ratio": 1e6}, {"depth": 10**9}, {"embed_dim": -24}]
+)
+def test_a_file_cannot_describe_a_model_larger_than_its_weights(kwargs: dict[str, Any]) -> None:
+    """A full ViT of width 9984 would take 57 GB before its weights were compared."""
+    model = create_model("vit_tiny_patch16_224", num_classes=5, input_size=32, model_kwargs=SIZE)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises((CheckpointError, ModelError)):
+        model_from_checkpoint(checkpoint_of(model, model_kwargs=SIZE | kwargs), source="x.pth")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10
 
 
 def test_a_published_folder_gives_the_model_again(tmp_path: Path) -> None:

@@ -2,18 +2,20 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import timm
+import torch
 from timm.models import build_model_with_cfg
-from torch import nn
+from torch import Tensor, nn
 
 from ..convert import add_remedy
 from ..remedies import RemedyError
 from . import fetch
-from .load import load_weights, number_of_classes
+from .load import load_weights, number_of_classes, problems
 from .read import CheckpointError, read_checkpoint
 
 # What timm's builders take for themselves: addresses to download from, files to open, wrappers around the model.
@@ -23,6 +25,9 @@ BUILDER_ARGUMENTS = {
     for name, parameter in inspect.signature(builder).parameters.items()
     if parameter.kind is not inspect.Parameter.VAR_KEYWORD
 } | {"features_only", "pretrained_custom_load", "feature_cls", "out_indices"}
+
+
+MAX_NUMBER = 10_000  # of a file's arguments: layers, channels, pixels
 
 
 class ModelError(ValueError):
@@ -124,7 +129,8 @@ def model_from_checkpoint(
     state_dict = checkpoint.get(weights)
     if state_dict is None:
         raise CheckpointError(f"{source}: has no EMA weights: leave --ema out")
-    model = create_model(
+    build = partial(
+        create_model,
         name,
         num_classes=number_of_classes(state_dict) if num_classes is None else num_classes,
         input_size=trained.get("input_size") if input_size is None else input_size,
@@ -132,12 +138,29 @@ def model_from_checkpoint(
         remedies=trained.get("remedy") if remedies is None else remedies,
     )
     try:
+        _check_sketch(build, state_dict, source)
+        model = build()
         load_weights(model, state_dict, source=source)
     except CheckpointError as error:
         fault = str(error).rpartition(": ")[0]  # without the way out, which is main.py's
         flags = "--model, --model-kwargs, --num-classes and --input-size"
         raise CheckpointError(f"{fault}: {flags} must say what was trained; main.py --finetune adapts") from error
     return model
+
+
+def _check_sketch(build: Callable[[], nn.Module], state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Compares weights with a model that has none yet: a file may describe a model larger than this machine.
+
+    Raises:
+        CheckpointError: If they do not fit.
+    """
+    try:
+        with torch.device("meta"):
+            wanted = build().state_dict()
+    except ModelError:  # some models of timm compute while they are built
+        return
+    if found := problems(wanted, state_dict):
+        raise CheckpointError(f"{source}: does not fit the model; {'; '.join(found)}: is it of another model?")
 
 
 def published_model(address: str) -> nn.Module:
@@ -153,11 +176,14 @@ def published_model(address: str) -> nn.Module:
     try:
         config = json.loads(fetch.local_file(f"{address}/config.json").read_text())
         described = {"model": config["architecture"], "model_kwargs": config.get("model_args", {})}
-    except (fetch.FetchError, OSError, ValueError, KeyError, TypeError) as error:
+        classes = config.get("num_classes")
+        if type(classes) not in (int, type(None)):
+            raise TypeError("num_classes is no number")
+    except (fetch.FetchError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{address}: has no readable config.json ({error})") from error
     trained = described | {"remedy": config.get("remedies", {})}
     checkpoint = read_checkpoint(f"{address}/model.safetensors") | {"args": trained}
-    return model_from_checkpoint(checkpoint, source=address, num_classes=config.get("num_classes"))
+    return model_from_checkpoint(checkpoint, source=address, num_classes=classes)
 
 
 def trained_with(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,4 +218,6 @@ def trained_with(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
+    return (
+        value is None or isinstance(value, bool | float | str) or (isinstance(value, int) and abs(value) <= MAX_NUMBER)
+    )
