@@ -106,6 +106,29 @@ def test_timms_adaptations_work(name: str, hub: LocalHub) -> None:
     assert not any("state_dict" in getattr(m, "pretrained_cfg", {}) for m in features.modules())
 
 
+@pytest.mark.parametrize("shape", [(10, 24), (1000, 12), (24,), ()])
+def test_another_head_is_tolerated_for_another_number_of_classes_only(shape: tuple, tmp_path: Path) -> None:
+    """The model has the 1,000 classes that the weights are said to have, so nothing of them may differ."""
+    state = trained(ATTNSCALE).state_dict() | {"head.weight": torch.zeros(shape)}
+    torch.save(state, tmp_path / "other.pth")
+    source = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "other.pth")), **SIZE)
+    with pytest.raises(CheckpointError, match=r"1 of another shape: head\.weight .* in the file, \(1000, 24\)"):
+        timm.create_model(ATTNSCALE, **source)
+    assert timm.create_model(ATTNSCALE, num_classes=10, **source).head.weight.shape == (10, 24)
+
+
+@pytest.mark.parametrize("entry", ["patch_embed.proj.weight", "pos_embed", "head.weight", "blocks.0.attn.qkv.weight"])
+@pytest.mark.parametrize(
+    "value", [torch.zeros(()), torch.zeros(7), torch.zeros(1, 2, 3, 4, 5)], ids=["0-d", "1-d", "5-d"]
+)
+def test_weights_of_impossible_shapes_are_explained(entry: str, value: Tensor, tmp_path: Path) -> None:
+    torch.save(trained(ATTNSCALE).state_dict() | {entry: value}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="pretrained weights do not fit attnscale_small_12"):
+        timm.create_model(
+            ATTNSCALE, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "other.pth")), **SIZE
+        )
+
+
 def test_a_source_of_ones_own_takes_the_place_of_the_published_one(hub: LocalHub, tmp_path: Path) -> None:
     other = trained(ATTNSCALE, num_classes=5)
     (tmp_path / "own.pth").write_bytes(deit_style(other))
