@@ -87,8 +87,8 @@ def strict(checkpoint_filter_fn: Callable[[StateDict, nn.Module], StateDict]) ->
             state_dict = checkpoint_filter_fn(state_dict, model)
         except Exception as error:  # timm's adapter takes the shapes for what they should be
             raise CheckpointError(
-                f"pretrained weights do not fit {cfg['architecture']} ({type(error).__name__}: {error}): is it the file "
-                "of another model?"
+                f"pretrained weights do not fit {cfg['architecture']} ({type(error).__name__}: {error}): is it the "
+                "file of another model?"
             ) from error
         remedy = {name: tensor for name, tensor in wanted.items() if is_remedy_parameter(name)}
         if remedy and cfg.get("hf_hub_id") != REPOSITORY and not any(map(is_remedy_parameter, state_dict)):

@@ -77,7 +77,7 @@ def read_file(path: Path, source: str, own: bool = False) -> dict[str, Any]:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise CheckpointError(f"{source}: is a FIFO, device or socket, no file: check the path")
-            return _unpack(_load(file, source, own), source)
+            return _unpack(_load(file, source, own), source, own)
     except FileNotFoundError as error:
         raise CheckpointError(f"{source}: no such file: check the path") from error
     except IsADirectoryError as error:
@@ -126,7 +126,7 @@ def _stored_digest(file: BinaryIO, size: int) -> bytes | None:
     return tail[len(DIGEST_TAG) :] if tail.startswith(DIGEST_TAG) else None
 
 
-def _unpack(loaded: Any, source: str) -> dict[str, Any]:
+def _unpack(loaded: Any, source: str, own: bool) -> dict[str, Any]:
     """Brings every accepted layout to one: ``model`` is the state dict, ``model_ema`` the EMA's if there is one."""
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{source}: holds a {type(loaded).__name__}, no state dict: pass a model's checkpoint")
@@ -149,9 +149,8 @@ def _unpack(loaded: Any, source: str) -> dict[str, Any]:
         found[key] = strip_prefixes(state_dict, source)
     if isinstance(found.get("args"), argparse.Namespace):
         found["args"] = dict(vars(found["args"]))
-    ours = "format" in found
     for name, wanted in list(schema.faults(found)):
-        if ours:
+        if own or "format" in found:
             raise CheckpointError(
                 f"{source}: its entry {name!r} is not {wanted}, as this repository writes it: take another checkpoint "
                 "of that run"
