@@ -390,7 +390,7 @@ class _Plan:
     def _decide_native(self, change: _Change) -> None:
         if not self.is_zoo_family or change.first_values is not None:
             return
-        if len(change.remedies) == 1:
+        if len(change.remedies) == 1 and getattr(change.remedies[0], "learnable", True):
             change.native = change.remedies[0].native.get(type(change.module))
         elif not change.remedies:
             change.native = FeatScale.native_attention.get(type(change.module), type(change.module))

@@ -291,6 +291,16 @@ def test_a_model_is_converted_once(name: str) -> None:
         add_remedy(nn.Sequential(model), "twicing")
 
 
+def test_a_fixed_strength_adds_no_parameter_where_the_zoo_has_a_class() -> None:
+    """The zoo's classes hold parameters, so a remedy without any does not become one of them."""
+    plain = vit("vit_tiny_patch16_224")
+    fixed = add_remedy(copy.deepcopy(plain), "attnscale", lamb=0.3, learnable=False)
+    learnt = add_remedy(copy.deepcopy(plain), "attnscale", lamb=0.3)
+    assert list(fixed.state_dict()) == list(plain.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(fixed.eval()(images), learnt.eval()(images), rtol=1e-5, atol=1e-6)
+
+
 def test_a_variant_of_the_zoo_is_neither_converted_nor_unconverted() -> None:
     with pytest.raises(RemedyError, match="attnscale built in: start from its plain baseline"):
         add_remedy(vit("attnscale_small_12"), "gfsa")
