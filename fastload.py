@@ -31,6 +31,7 @@ from torchvision.transforms.v2 import functional
 
 import datasets
 from datasets import DataOptions
+from readers.images import decode, open_image
 
 # A reduced image has at least this many pixels for each one of the result, along both sides. With 2 the result is
 # within 0.6 levels of the full decoding's on average and as sharp (1%); with 1 it loses up to 5% of its gradients.
@@ -61,8 +62,8 @@ class RandomResizedCropOfFile(RandomResizedCropAndInterpolation):
         if reduction >= 2 and (scale := _reduce(image, reduction)) < 1:
             # The crop has fractions of reduced pixels at its border, which only Pillow's resize can take.
             box = tuple(scale * edge for edge in box)
-            return datasets.decode(image).resize(self.size[::-1], str_to_pil_interp(interpolation.value), box=box)
-        pixels = _to_bytes(datasets.decode(image).crop(box))
+            return decode(image).resize(self.size[::-1], str_to_pil_interp(interpolation.value), box=box)
+        pixels = _to_bytes(decode(image).crop(box))
         resized = functional.resize(pixels.permute(2, 0, 1), self.size, interpolation, antialias=True)
         return Image.fromarray(resized.permute(1, 2, 0).numpy())
 
@@ -90,7 +91,7 @@ def build_transform(options: DataOptions, data_config: dict[str, Any] | None = N
             first.size, first.scale, first.ratio, options.train_interpolation
         )
     else:
-        transform.transforms.insert(0, datasets.decode)
+        transform.transforms.insert(0, decode)
     return transform
 
 
@@ -102,7 +103,7 @@ def _to_bytes(image: Image.Image) -> Tensor:
 def build_dataset(options: DataOptions, data_config: dict[str, Any] | None = None) -> tuple[Dataset, int]:
     """Training data set with images of uint8 and its number of classes; else as ``datasets.build_dataset``."""
     transform = build_transform(options, data_config)
-    return datasets.build_dataset(True, options, data_config, transform=transform, loader=datasets.open_image)
+    return datasets.build_dataset(True, options, data_config, transform=transform, loader=open_image)
 
 
 class DeviceTransform(nn.Module):

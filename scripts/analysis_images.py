@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datasets import DataError, DataOptions, build_dataset, build_transform, load_image
+from datasets import DataError, DataOptions, build_dataset, build_transform
 from oversmoothing.analysis.subject import Subject
+from readers.images import load_image
 
 
 class ImageFiles(Dataset):

@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import models  # noqa: F401  (registers the zoo with timm)
-from datasets import DATA_SETS, build_transform, load_image
+from datasets import DATA_SETS, build_transform
 from options import RANGES, KeyValues
 from oversmoothing import list_remedies
 from oversmoothing.analysis.figures import Picture
@@ -41,6 +41,7 @@ from oversmoothing.analysis.report import write_analysis
 from oversmoothing.analysis.results import Result, write_csv
 from oversmoothing.analysis.subject import RANDOM_WEIGHTS, ModelSpec, Subject, build_subject, unique_labels
 from oversmoothing.analysis.token_map import draw_token_maps, token_map, token_map_rows
+from readers.images import load_image
 from scripts.analysis_images import build_loader, options_of
 from utils import SetupError, resolve_device
 

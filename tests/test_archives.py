@@ -21,6 +21,8 @@ import fastload
 from options import get_args_parser
 from readers import archives
 from readers.archives import DataError
+from readers.image_sets import MemberImages
+from readers.images import BadImageError
 from readers.loader import AddressedDataset, build_loader
 from samplers import build_samplers
 
@@ -122,7 +124,7 @@ def test_an_archive_gives_the_samples_of_the_unpacked_tree_to_the_bit(
     for is_train in (True, False):
         ours, classes = datasets.build_dataset(is_train, args)
         theirs, expected = datasets.build_dataset(is_train, plain)
-        assert isinstance(ours, datasets.MemberImages) or not is_train
+        assert isinstance(ours, MemberImages) or not is_train
         assert (classes, ours.classes) == (expected, theirs.classes)
         assert_same_samples(ours, theirs)
 
@@ -200,7 +202,7 @@ def test_an_unreadable_image_is_named_with_its_archive(fast: bool, spoiled: Path
     dataset, _ = fastload.build_dataset(args) if fast else datasets.build_dataset(True, args)
     names = [str(member) for member, _ in dataset.samples]
     for name in ("train/class_0/0003.png", "train/class_2/0002.jpeg"):
-        with pytest.raises(datasets.BadImageError, match=f"cannot read image {spoiled}/{name} .*--skip-bad-images"):
+        with pytest.raises(BadImageError, match=f"cannot read image {spoiled}/{name} .*--skip-bad-images"):
             dataset[names.index(f"{spoiled}/{name}")]
 
 

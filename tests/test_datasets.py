@@ -24,17 +24,9 @@ from timm.data import resolve_data_config
 from torchvision import transforms
 
 import readers.loader
-from datasets import (
-    NOMINAL_CLASSES,
-    DataError,
-    DataOptions,
-    build_dataset,
-    build_transform,
-    count_classes,
-    load_image,
-    to_rgb,
-)
+from datasets import NOMINAL_CLASSES, DataError, DataOptions, build_dataset, build_transform, count_classes
 from options import get_args_parser
+from readers.images import load_image, to_rgb
 from readers.loader import AddressedDataset, build_loader, explain_loader_errors, start_workers
 from samplers import build_samplers
 

@@ -15,6 +15,7 @@ import build
 import datasets
 import fastload
 from options import get_args_parser
+from readers.images import BadImageError, load_image, open_image
 from readers.loader import build_loader, seeded
 from samplers import build_samplers, sample_seed
 from scripts.benchmark_data import make_photographs
@@ -42,13 +43,13 @@ def make_args(path: Path | str = "", *flags: str) -> datasets.DataOptions:
 
 def plain_image(path: Path | str, seed: int, args: datasets.DataOptions) -> Tensor:
     with seeded(seed):
-        return datasets.build_transform(True, args)(datasets.load_image(str(path)))
+        return datasets.build_transform(True, args)(load_image(str(path)))
 
 
 def fast_image(path: Path | str, seed: int, args: datasets.DataOptions) -> Tensor:
     """The same through bytes and the device's part."""
     with seeded(seed):
-        pixels = fastload.build_transform(args)(datasets.open_image(str(path)))
+        pixels = fastload.build_transform(args)(open_image(str(path)))
     assert pixels.dtype == torch.uint8 and pixels.shape == (args.input_size, args.input_size, 3)
     return fastload.build_device_transform(args)(pixels[None])[0]
 
@@ -112,7 +113,7 @@ def test_large_files_are_decoded_smaller_and_look_the_same(tmp_path: Path) -> No
     for seed in range(40):
         path = tmp_path / "train" / "photographs" / f"{seed % 4:05}.jpg"
         with seeded(seed):
-            image = datasets.open_image(str(path))
+            image = open_image(str(path))
             crop(image)
             reduced += image.width < 500
         plain, fast = plain_image(path, seed, args), fast_image(path, seed, args)
@@ -124,11 +125,11 @@ def test_large_files_are_decoded_smaller_and_look_the_same(tmp_path: Path) -> No
 def test_a_crop_is_reduced_only_where_enough_pixels_remain(tmp_path: Path) -> None:
     Image.new("RGB", (1001, 900)).save(tmp_path / "a.jpg")
     for reduction, expected in ((1.99, 1001), (2.0, 1001), (2.01, 501), (3.9, 501), (4.1, 251), (100, 126)):
-        image = datasets.open_image(str(tmp_path / "a.jpg"))
+        image = open_image(str(tmp_path / "a.jpg"))
         scale = fastload._reduce(image, reduction)
         assert image.width == expected and scale >= 1 / reduction
     Image.new("RGB", (1001, 900)).save(tmp_path / "a.png")
-    assert fastload._reduce(datasets.open_image(str(tmp_path / "a.png")), 4) == 1
+    assert fastload._reduce(open_image(str(tmp_path / "a.png")), 4) == 1
 
 
 @pytest.mark.slow
@@ -146,9 +147,9 @@ def test_two_thousand_images_have_the_distribution_of_the_plain_ones(photographs
     plain, fast = [], []
     for i in range(2000):
         with seeded(sample_seed(0, 0, 0, i)):
-            plain.append(statistics(plain_transform(datasets.load_image(str(paths[i % 40])))))
+            plain.append(statistics(plain_transform(load_image(str(paths[i % 40])))))
         with seeded(sample_seed(0, 1, 0, i)):
-            pixels = fast_transform(datasets.open_image(str(paths[i % 40])))
+            pixels = fast_transform(open_image(str(paths[i % 40])))
             fast.append(statistics(finish(pixels[None])[0]))
     plain, fast = torch.stack(plain).numpy(), torch.stack(fast).numpy()
     p_values = [ks_2samp(plain[:, i], fast[:, i]).pvalue for i in range(plain.shape[1])]
@@ -263,7 +264,7 @@ def test_workers_do_not_need_their_random_state_back_but_the_main_process_does(p
     torch.manual_seed(1)
     np.random.seed(1)
     with seeded(5):
-        fastload.build_transform(make_args())(datasets.open_image(str(next(photographs.glob("train/*/*.jpg")))))
+        fastload.build_transform(make_args())(open_image(str(next(photographs.glob("train/*/*.jpg")))))
     assert (random.random(), torch.rand(()).item(), np.random.rand()) == expected
 
 
@@ -289,8 +290,8 @@ def test_every_kind_of_image_becomes_bytes_of_three_channels(tmp_path: Path, mod
 def test_a_damaged_file_is_named_wherever_the_damage_is(photographs: Path, tmp_path: Path, length: int) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(next(photographs.glob("train/*/*.jpg")).read_bytes()[:length])
-    with pytest.raises(datasets.BadImageError, match="broken.jpg .*--skip-bad-images"):
-        fastload.build_transform(make_args())(datasets.open_image(str(broken)))
+    with pytest.raises(BadImageError, match="broken.jpg .*--skip-bad-images"):
+        fastload.build_transform(make_args())(open_image(str(broken)))
 
 
 def test_damaged_files_are_skipped_up_to_the_limit(photographs: Path, tmp_path: Path) -> None:

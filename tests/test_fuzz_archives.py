@@ -94,7 +94,7 @@ def read_all(path: Path) -> list[tuple[str, int, bytes | None]]:
             assert 0 <= label < len(tree.classes)
             try:
                 found.append((member.name, label, member.read()))
-            except (OSError, zlib.error):  # a bad image, see datasets.open_image
+            except (OSError, zlib.error):  # a bad image, see open_image
                 found.append((member.name, label, None))
     return found
 

@@ -11,8 +11,8 @@ import pytest
 from fuzzing import CASES, SCALE, damage, in_time, watched
 from PIL import Image
 
-import datasets
 import fastload
+from readers.images import BadImageError, load_image, open_image
 
 FORMATS = [
     *((mode, "JPEG", options) for mode in ("RGB", "L", "CMYK") for options in ({}, {"progressive": True})),
@@ -53,10 +53,10 @@ def read(content: bytes, fast: bool) -> bool:
     try:
         if fast:
             crop = fastload.RandomResizedCropOfFile((4, 4), (0.5, 1.0), (0.75, 1.3), "bicubic")
-            image = crop(datasets.open_image(InMemory(content)))
+            image = crop(open_image(InMemory(content)))
         else:
-            image = datasets.load_image(InMemory(content))
-    except datasets.BadImageError as error:
+            image = load_image(InMemory(content))
+    except BadImageError as error:
         assert str(error).isprintable() and "pass --skip-bad-images N" in str(error)
         return False
     assert image.mode == "RGB" and min(image.size) > 0
@@ -84,8 +84,8 @@ def test_only_known_formats_are_opened_whatever_a_file_is_called() -> None:
             others.append(encode("RGB", kind, {}))
     assert len(others) > 6
     for content in others:
-        with pytest.raises(datasets.BadImageError, match="UnidentifiedImageError"):
-            datasets.load_image(InMemory(content))
+        with pytest.raises(BadImageError, match="UnidentifiedImageError"):
+            load_image(InMemory(content))
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -107,5 +107,5 @@ def bomb(width: int, height: int) -> bytes:
     ],
 )
 def test_sizes_beyond_reason_are_refused_before_anything_is_decoded(width: int, height: int, message: str) -> None:
-    with watched(), pytest.raises(datasets.BadImageError, match=message):
-        datasets.load_image(InMemory(bomb(width, height)))
+    with watched(), pytest.raises(BadImageError, match=message):
+        load_image(InMemory(bomb(width, height)))

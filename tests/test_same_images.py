@@ -13,8 +13,9 @@ import checkpoints
 import datasets
 import fit
 from build import Start
-from datasets import BadImageError, DataError, DataOptions
+from datasets import DataError, DataOptions
 from oversmoothing.weights import read_checkpoint
+from readers.images import BadImageError, load_image
 from readers.loader import AddressedDataset
 from reporting import EpochLog
 from utils import World
@@ -73,7 +74,7 @@ def test_a_file_beyond_any_image_is_not_read(tree: Path) -> None:
     with open(path, "wb") as file:
         file.truncate(2**40)
     with pytest.raises(BadImageError, match="is larger than 256 MB"):
-        datasets.load_image(str(path))
+        load_image(str(path))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")

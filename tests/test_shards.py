@@ -29,6 +29,7 @@ import datasets
 import entry
 from readers import archives, shards
 from readers.archives import DataError
+from readers.images import load_image
 from readers.loader import AddressedDataset, build_loader
 from samplers import ShardSampler, build_samplers
 from scripts.prepare_wds import index_shards, prepare_wds
@@ -267,7 +268,7 @@ def test_the_cache_keeps_to_its_limit(folder: Path, tmp_path: Path) -> None:
     for index in np.random.RandomState(0).permutation(TRAIN)[:12].tolist():
         member, label = dataset.samples[index]
         assert label == expected[int(member.name.partition("-")[0])]
-        assert datasets.load_image(member).mode == "RGB"
+        assert load_image(member).mode == "RGB"
         kept = list(tmp_path.glob("*/*.tar"))
         assert sum(path.stat().st_size for path in kept) <= limit
         assert {path.stem for path in tmp_path.glob("*/*.npy")} == {path.stem for path in kept}

@@ -1,0 +1,99 @@
+"""Image files: opened in a few formats, within limits, and decoded as RGB."""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image
+
+from . import archives
+from .archives import DataError, Member
+from .files import read_file
+
+# Formats that are opened, whatever a file is called: those of torchvision's extensions, and what is found under them.
+# Pillow knows 40 more, some of which start a program (EPS) or fail in ways of their own.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+MAX_ASPECT = 100  # of the longer side to the shorter, which an evaluation resizes to 256 pixels
+# Pillow's own limit for a picture is 179 million pixels, 1.4 GB while it is converted. No picture of more than
+# PLAIN_PIXELS has less than a byte for so many of them, other than one that is made to take memory.
+PLAIN_PIXELS, PIXELS_A_BYTE = 1 << 24, 1000
+File = str | Member
+
+
+class BadImageError(DataError):
+    """One image file cannot be read."""
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image of any Pillow mode to 8-bit RGB, dropping transparency.
+
+    Args:
+        image: Image in any mode; 16-bit grey values are scaled to 8 bit, where Pillow alone would clip them to white.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def load_image(path: File) -> Image.Image:
+    """Reads an image file as RGB.
+
+    Args:
+        path: File of one of ``IMAGE_FORMATS``, on disk or in an archive.
+
+    Raises:
+        BadImageError: If the file cannot be read.
+    """
+    return decode(open_image(path))
+
+
+def open_image(path: File) -> Image.Image:
+    """Reads the head of an image file: its size is known, its pixels are decoded when they are needed.
+
+    Raises:
+        BadImageError: If the file cannot be read.
+    """
+    with _explain_image_errors(path):
+        content = read_file(path) if isinstance(path, str) else path.read()
+        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+        image.filename = str(path)  # named by errors while decoding
+        shorter, longer = sorted(image.size)
+        if longer > MAX_ASPECT * shorter:
+            raise ValueError(f"it has {image.size[0]} x {image.size[1]} pixels, more than {MAX_ASPECT} to 1")
+        if shorter * longer > max(PLAIN_PIXELS, PIXELS_A_BYTE * len(content)):
+            raise ValueError(f"{len(content)} bytes declare {image.size[0]} x {image.size[1]} pixels")
+        return image
+
+
+def decode(image: Image.Image) -> Image.Image:
+    """Reads the rest of an image from :func:`open_image` as RGB and closes its file; a decoded one is only converted.
+
+    Raises:
+        BadImageError: If the file cannot be decoded.
+    """
+    with _explain_image_errors(getattr(image, "filename", "")), image:
+        image.load()
+        return to_rgb(image)
+
+
+@contextmanager
+def _explain_image_errors(path: File) -> Iterator[None]:
+    with warnings.catch_warnings():
+        # Broken EXIF blocks and odd TIFF tags do not touch the pixels, and ImageNet has hundreds of them.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it has limits of its own
+        try:
+            yield
+        except MemoryError:  # not the file's fault: sizes are limited
+            raise
+        except Exception as error:  # on damaged files the decoders fail in any way
+            raise BadImageError(
+                f"cannot read image {archives.shown(path)} ({archives.brief(error)}): repair or remove it, "
+                "or pass --skip-bad-images N to skip up to N such images"
+            ) from error
