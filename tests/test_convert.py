@@ -375,6 +375,7 @@ def test_meta_device() -> None:
         model = vit()
     add_remedy(model, ["reattention", *SEVERAL, "contranorm"])
     assert all(tensor.is_meta for tensor in model.state_dict().values())
+    assert model(torch.randn(2, 3, 32, 32, device="meta")).shape == (2, 7)
     model.to_empty(device="cpu").init_weights(needs_reset=True)
     plain = vit()
     reference = add_remedy(vit(), ["reattention", *SEVERAL, "contranorm"]).state_dict()
