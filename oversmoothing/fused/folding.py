@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def set_fused(model: nn.Module, enabled: bool) -> nn.Module:
@@ -98,7 +99,9 @@ class Gains(NamedTuple):
 
 
 class Foldable(NamedTuple):
-    """What a fold is made of: a projection, and ``gains(*settings, *parameters)``; tensors may be those of L layers.
+    """What a fold is made of: a projection, and ``gains(*settings, *parameters)``.
+
+    Of L layers together, ``weight`` is the tuple of theirs, and the other tensors have L as first size.
 
     Attributes:
         gains: Makes the ``Gains``.
@@ -111,28 +114,60 @@ class Foldable(NamedTuple):
 
     gains: Callable[..., Gains]
     settings: tuple
-    weight: Tensor
+    weight: Tensor | tuple[Tensor, ...]
     bias: Tensor | None
     parameters: tuple[Tensor, ...] = ()
     num_heads: int = 1
 
     def make(self) -> Fold:
-        """The fold. Its products have one factor in common, which is all that backward keeps of them."""
+        """The fold."""
         gains = self.gains(*self.settings, *self.parameters)
         bias = self.bias
         if bias is not None and gains.bias is not None:
             bias = gains.bias.to(bias.dtype) * bias
         if bias is not None and gains.shift is not None:
             bias = bias + gains.shift.to(bias.dtype)
-        of_means = [self._times(gain) for gain in gains.of_means]
+        if gains.weight is None:
+            return Fold(self.weight, None, bias)
+        factors = gains.weight, *gains.of_means
+        if isinstance(self.weight, tuple):
+            weight, *of_means = _Products.apply(self.num_heads, len(self.weight), *self.weight, *factors)
+        else:
+            weight, *of_means = (_times(self.weight, factor, self.num_heads) for factor in factors)
         of_means = torch.cat(of_means, dim=-1) if len(of_means) > 1 else of_means[0] if of_means else None
-        return Fold(self.weight if gains.weight is None else self._times(gains.weight), of_means, bias)
+        return Fold(weight, of_means, bias)
 
-    def _times(self, gain: Tensor) -> Tensor:
-        gain = gain.to(self.weight.dtype)
-        if self.num_heads == 1:
-            return self.weight * gain
-        return (self.weight.unflatten(-1, (self.num_heads, -1)) * gain.unsqueeze(-1)).flatten(-2)
+
+def _times(weight: Tensor, gain: Tensor, num_heads: int) -> Tensor:
+    gain = gain.to(weight.dtype)
+    if num_heads == 1:
+        return weight * gain
+    return (weight.unflatten(-1, (num_heads, -1)) * gain.unsqueeze(-1)).flatten(-2)
+
+
+class _Products(torch.autograd.Function):
+    """``_times`` of the stacked weights of layers and several gains; backward keeps no stack, but makes it again."""
+
+    @staticmethod
+    def forward(ctx, num_heads: int, layers: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """``tensors`` are the weights of the layers, then the gains."""
+        ctx.num_heads, ctx.layers = num_heads, layers
+        ctx.save_for_backward(*tensors)
+        stack = torch.stack(tensors[:layers])
+        return tuple(_times(stack, gain, num_heads) for gain in tensors[layers:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the weights and of the gains."""
+        weights, gains = ctx.saved_tensors[: ctx.layers], ctx.saved_tensors[ctx.layers :]
+        stack, of_stack, of_gains = torch.stack(weights), None, []
+        for grad, gain in zip(grads, gains, strict=True):
+            part = _times(grad, gain, ctx.num_heads)
+            of_stack = part if of_stack is None else of_stack.add_(part)
+            of_gain = (grad * stack).unflatten(-1, (ctx.num_heads, -1)).sum(dim=-1)
+            of_gains.append(of_gain.sum_to_size(gain.shape).to(gain.dtype))
+        return None, None, *of_stack.unbind(), *of_gains
 
 
 _shared: ContextVar[Mapping[Hashable, Fold]] = ContextVar("_shared", default=MappingProxyType({}))
@@ -192,7 +227,7 @@ def share_folds(foldables: Iterable[tuple[Hashable, Foldable]], x: Tensor) -> It
         _, _, weights, biases, parameters, _ = zip(*group.values(), strict=True)
         biases = None if no_bias else torch.stack(biases)
         parameters = tuple(torch.stack(tensors) for tensors in zip(*parameters, strict=True))
-        fold = Foldable(gains, settings, torch.stack(weights), biases, parameters, num_heads).make()
+        fold = Foldable(gains, settings, weights, biases, parameters, num_heads).make()
         each = ([None] * len(group) if t is None else t.to(dtype or t.dtype).unbind() for t in fold)
         shared |= {key: Fold(*tensors) for key, *tensors in zip(group, *each, strict=True)}
     token = _shared.set(shared)
