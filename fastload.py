@@ -6,8 +6,8 @@ process. Here, with the same draws in the same order:
 - a crop is drawn before its file is decoded, and large JPEG files are decoded at the scale that the crop needs;
 - the crop is resized by torch's 8-bit kernel, five times as fast as Pillow and with the same antialiasing filter: of
   1,000 values about four differ, by one of 255 levels;
-- bytes travel to the device, a quarter of the memory; ``DeviceTransform`` normalises them there (on a CPU to the bit) as
-  ``ToTensor`` and ``Normalize`` do, and erases rectangles.
+- bytes travel to the device, a quarter of the memory; ``DeviceTransform`` normalises them there, on a CPU to the bit
+  as ``ToTensor`` and ``Normalize`` do, and erases rectangles.
 
 So an image is the plain way's but for those levels. Only the erased rectangles are drawn from another stream: the
 step's instead of the sample's, which is as independent of workers and restarts.
