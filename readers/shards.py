@@ -195,7 +195,7 @@ def open_split(root: str, split: str) -> Shards:
     info, digest = read_info(root)
     found = next((info["splits"][name] for name in SPLIT_NAMES[split] if name in info["splits"]), None)
     if found is None:
-        raise DataError(f"--data-path {root}: the index has no split {split}, only {', '.join(info['splits'])}")
+        raise DataError(f"--data-path {root}: the index has no split {split}, only {shown(', '.join(info['splits']))}")
     names, lengths = found["filenames"], found["shard_lengths"]
     bad = next((name for name in names if not SHARD_NAME.fullmatch(name)), None)
     if bad is not None:

@@ -93,8 +93,8 @@ def _are_meters(value: Any) -> bool:
 def _is_scaler(value: Any) -> bool:
     """State of ``torch.amp.GradScaler``; empty where it was switched off."""
     ranges = {
-        "scale": lambda v: _is_number(v) and v > 0,
-        "growth_factor": lambda v: _is_number(v) and v > 1,
+        "scale": lambda v: _is_number(v) and 0 < v < 2**100,  # it is kept in float32
+        "growth_factor": lambda v: _is_number(v) and 1 < v < 2**20,
         "backoff_factor": lambda v: _is_number(v) and 0 < v < 1,
         "growth_interval": _is_whole(1, 2**31 - 1),
         "_growth_tracker": _is_whole(0, 2**31 - 1),
