@@ -68,6 +68,8 @@ def fit(
         meters = utils.Meters(world.device, sums)
         loader_train.sampler.set_epoch(epoch, start=first_step * loader_train.batch_size)
         steps = first_step + len(loader_train)
+        if first_step:  # an epoch that was stopped after its last batch is saved with the rate of that one
+            set_rate(trainer, plan, epoch, (first_step - 1) // args.grad_accum)
         epoch_began = time.time()
         train_stats = engine.train_one_epoch(
             trainer,
