@@ -222,6 +222,11 @@ def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: 
     return replace(start, step=step, meters=meters)
 
 
+def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
+    """``--amp-dtype``, or the device's own: float16 on CUDA as the paper's runs, float32 on CPU."""
+    return getattr(torch, args.amp_dtype or ("float16" if device.type == "cuda" else "float32"))
+
+
 def build_ema(args: argparse.Namespace, start: Start, model: nn.Module) -> engine.Ema | None:
     """The EMA of the weights: the checkpoint's where it has one, else a copy of the (loaded) model."""
     saved = start.checkpoint.get("model_ema") if start.checkpoint else None

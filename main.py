@@ -75,7 +75,8 @@ def run(
     about.append(reporting.describe_model(args.model, model, args.input_size, world.device))
     _logger.info(about[-1])
     start = build.load_start(args, start, model, world)
-    amp_dtype = precision(args, world.device)
+    amp_dtype = build.amp_dtype(args, world.device)
+    _logger.info(f"device: {world.device} (--device {args.device}), precision: {str(amp_dtype).removeprefix('torch.')}")
     if args.throughput:
         measure_throughput(args, model, world, amp_dtype)
         return
@@ -86,13 +87,6 @@ def run(
     trainer = build.build_trainer(args, start, model, ema, world, amp_dtype, loaders.prepare)
     build.release_weights(start)
     fit(args, start, trainer, loaders, world, about)
-
-
-def precision(args: argparse.Namespace, device: torch.device) -> torch.dtype:
-    """``--amp-dtype``, or the device's own: float16 on CUDA as the paper's runs, float32 on CPU."""
-    name = args.amp_dtype or ("float16" if device.type == "cuda" else "float32")
-    _logger.info(f"device: {device} (--device {args.device}), precision: {name}")
-    return getattr(torch, name)
 
 
 def measure_throughput(args: argparse.Namespace, model: nn.Module, world: World, amp_dtype: torch.dtype) -> None:

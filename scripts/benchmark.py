@@ -41,8 +41,10 @@ import models  # noqa: F401  (registers the zoo with timm)
 import oversmoothing
 from options import KeyValues, spell
 from oversmoothing.analysis.cost import count_macs
+from oversmoothing.analysis.figures import COLOURS
 from oversmoothing.attention import attention_layers
 from oversmoothing.weights import check_model_name, create_model
+from scripts import markdown
 from scripts.benchmark_data import data_table
 from scripts.benchmark_host import host_table
 from scripts.benchmark_step import scaling_table, step_table
@@ -281,17 +283,14 @@ def take_turns(steps: list[Callable[[], None]], num_rounds: int, device: torch.d
 def format_rows(rows: list[dict[str, Any]]) -> str:
     """A Markdown table."""
     first = rows[0]
-    lines = [
-        f"\n{first['img_size']} px, batch {first['batch_size']}, {first['threads']} thread(s)\n",
-        "| model | train step | eval | bytes saved | train ms | eval ms | saved MiB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    header = ("model", "train step", "eval", "bytes saved", "train ms", "eval ms", "saved MiB")
+    ratios, amounts = ("train_ratio", "infer_ratio", "saved_ratio"), ("train_ms", "infer_ms", "saved_mib")
+    cells = [
+        [f"{row['model']} ({row['depth']})", *(f"{row[k]:.2f}" for k in ratios), *(f"{row[k]:.0f}" for k in amounts)]
+        for row in rows
     ]
-    for row in rows:
-        lines.append(
-            f"| {row['model']} ({row['depth']}) | {row['train_ratio']:.2f} | {row['infer_ratio']:.2f} "
-            f"| {row['saved_ratio']:.2f} | {row['train_ms']:.0f} | {row['infer_ms']:.0f} | {row['saved_mib']:.0f} |"
-        )
-    return "\n".join(lines)
+    setting = f"\n{first['img_size']} px, batch {first['batch_size']}, {first['threads']} thread(s)\n"
+    return f"{setting}\n{markdown.table(header, cells)}"
 
 
 def plot_models(rows: list[dict[str, Any]], path: Path) -> None:
@@ -301,7 +300,7 @@ def plot_models(rows: list[dict[str, Any]], path: Path) -> None:
     panels = {"train_ratio": "training step", "infer_ratio": "evaluation", "saved_ratio": "bytes kept for backward"}
     for axes, (key, title) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
         ratios = [row[key] for row in rows]
-        axes.barh(range(len(rows)), ratios, color=["#D55E00" if ratio > 1 else "#0072B2" for ratio in ratios])
+        axes.barh(range(len(rows)), ratios, color=[COLOURS[ratio > 1] for ratio in ratios])
         for i, ratio in enumerate(ratios):
             axes.text(ratio - 0.02, i, f"{ratio:.2f}", va="center", ha="right", color="white", fontsize=8)
         axes.axvline(1, color="black", linewidth=1)

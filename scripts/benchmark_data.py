@@ -40,6 +40,7 @@ import entry
 import fastload
 import samplers
 from readers import shards
+from scripts import markdown
 from scripts.prepare_wds import prepare_wds
 
 SIZE = (500, 375)  # the most frequent of ImageNet
@@ -231,14 +232,14 @@ def stages(sets: dict[str, Any], recipe: argparse.Namespace, repeats: int) -> li
 
 def format_loaders(rows: list[dict[str, Any]]) -> str:
     """Markdown tables: the loaders, then their stages."""
-    lines = ["\n| loader | images/s per core | ratio | wall ratio |", "| --- | ---: | ---: | ---: |"]
-    for row in rows:
-        if "ratio" in row:
-            rate, ratio, wall = row["images_per_core_s"], row["ratio"], row["wall_ratio"]
-            lines.append(f"| {row['loader']} | {rate:.0f} | {ratio:.2f} | {wall:.2f} |")
-    lines += ["\n| loader | stage | ms an image |", "| --- | --- | ---: |"]
-    lines += [f"| {row['loader']} | {row['stage']} | {row['ms']:.3f} |" for row in rows if "stage" in row]
-    return "\n".join(lines)
+    loaders = [
+        [row["loader"], f"{row['images_per_core_s']:.0f}", f"{row['ratio']:.2f}", f"{row['wall_ratio']:.2f}"]
+        for row in rows
+        if "ratio" in row
+    ]
+    stages = [[row["loader"], row["stage"], f"{row['ms']:.3f}"] for row in rows if "stage" in row]
+    first = markdown.table(("loader", "images/s per core", "ratio", "wall ratio"), loaders)
+    return f"\n{first}\n\n{markdown.table(('loader', 'stage', 'ms an image'), stages, text_columns=2)}"
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models  # noqa: F401  (registers the zoo with timm)
 from oversmoothing.fused import talking_heads
+from scripts import markdown
 
 VIEWS = {"aten::_unsafe_view", "aten::detach"}  # besides what torch marks as one
 COMPARISONS = {
@@ -121,17 +122,15 @@ def host_table(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def format_host(rows: list[dict[str, Any]]) -> str:
     """A Markdown table."""
-    lines = [
-        f"\nEager, {rows[0]['amp_dtype'].removeprefix('torch.')}\n",
-        "| model | operators | ratio | host ms | ratio |",
-        "| --- | ---: | ---: | ---: | ---: |",
+    cells = [
+        [
+            *(row["model"], str(row["operators"]), f"{row['operator_ratio']:.2f}"),
+            *(f"{row['host_ms']:.1f}", f"{row['host_ratio']:.2f}"),
+        ]
+        for row in rows
     ]
-    for row in rows:
-        lines.append(
-            f"| {row['model']} | {row['operators']} | {row['operator_ratio']:.2f} "
-            f"| {row['host_ms']:.1f} | {row['host_ratio']:.2f} |"
-        )
-    return "\n".join(lines)
+    table = markdown.table(("model", "operators", "ratio", "host ms", "ratio"), cells)
+    return f"\nEager, {rows[0]['amp_dtype'].removeprefix('torch.')}\n\n{table}"
 
 
 def main() -> None:

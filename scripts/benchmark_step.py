@@ -36,6 +36,7 @@ import entry
 import fastload
 import options
 import utils
+from scripts import markdown
 
 NUM_CLASSES = 1000
 FORWARD_BACKWARD = ("forward", "backward")
@@ -90,7 +91,7 @@ def build_step(world: utils.World, *flags: str) -> tuple[engine.Trainer, list[tu
     args = options.get_args_parser().parse_args(["--num-classes", str(NUM_CLASSES), *flags])
     model = build.build_model(args, NUM_CLASSES).to(world.device)
     ema = TimedEma(model, decay=args.model_ema_decay)
-    amp_dtype = getattr(torch, args.amp_dtype or ("float16" if world.device.type == "cuda" else "float32"))
+    amp_dtype = build.amp_dtype(args, world.device)
     prepare = fastload.build_device_transform(
         datasets.DataOptions.from_args(args), resolve_data_config({}, model=model), world.device
     )
@@ -215,13 +216,9 @@ def _work(args: argparse.Namespace) -> None:
 def format_step(rows: list[dict[str, Any]]) -> str:
     """A Markdown table."""
     first = rows[0]
-    lines = [
-        f"\n{first['model']}, batch {first['batch_size']}, {first['steps']} steps, {first['threads']} thread(s)\n",
-        "| part of a step | ms | share |",
-        "| --- | ---: | ---: |",
-    ]
-    lines += [f"| {row['part']} | {row['ms']:.1f} | {row['share']:.2%} |" for row in rows]
-    return "\n".join(lines)
+    setting = f"\n{first['model']}, batch {first['batch_size']}, {first['steps']} steps, {first['threads']} thread(s)\n"
+    cells = [[row["part"], f"{row['ms']:.1f}", f"{row['share']:.2%}"] for row in rows]
+    return f"{setting}\n{markdown.table(('part of a step', 'ms', 'share'), cells)}"
 
 
 TABLES = {"step": step_table, "scaling": scaling_table}

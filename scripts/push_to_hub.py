@@ -33,6 +33,7 @@ import options
 import oversmoothing
 from datasets import NOMINAL_CLASSES
 from oversmoothing.weights import CheckpointError, ModelError, model_from_checkpoint, published_model, read_checkpoint
+from scripts import markdown
 from scripts.plot_log import LogError, read_log
 
 # --data-set -> its name on the Hub where it has one, and in words.
@@ -207,9 +208,9 @@ def model_card(
         "## Accuracy",
     ]
     if rows:
-        table = ["| weights | epoch | top-1, % | top-5, % |", "| --- | --- | --- | --- |"]
-        table += [f"| {what} | {epoch} | {top1:.2f} | {top5:.2f} |" for what, epoch, top1, top5 in rows]
-        parts += ["\n".join(table), "The best epoch was chosen on the images that it is measured on."]
+        cells = [[what, str(epoch), f"{top1:.2f}", f"{top5:.2f}"] for what, epoch, top1, top5 in rows]
+        table = markdown.table(("weights", "epoch", "top-1, %", "top-5, %"), cells)
+        parts += [table, "The best epoch was chosen on the images that it is measured on."]
     else:
         parts.append("Not recorded.")
     if chosen:

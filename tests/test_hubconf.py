@@ -44,8 +44,8 @@ def test_without_published_weights_pretrained_says_so() -> None:
 
 
 def imported_by(file: Path) -> Iterator[tuple[Path, str]]:
-    """(Folder, dotted name) of everything that a file imports, and of what may be a module inside it."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    """(Folder, dotted name) of what a file imports when it is imported, and of what may be a module inside it."""
+    for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.Import):
             yield from ((ROOT, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
