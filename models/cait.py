@@ -36,7 +36,7 @@ class CaiT(Cait):
         yield from foldables(self.blocks)
         num_tokens = self.patch_embed.num_patches
         for block in self.blocks:
-            if isinstance(block.attn, AttnScaleTalkingHeadAttn):
+            if isinstance(block.attn, AttnScaleTalkingHeadAttn) and block.attn.fused_attn:
                 yield (block.attn, num_tokens), block.attn.foldable_mixing(num_tokens)
 
 
