@@ -57,6 +57,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--seeds", type=int, default=None, metavar="N", help="0 to N-1 (default: the study's, or 5)")
     group.add_argument("--scale", default=None, metavar="NAME", help="flags of the study's [scales.NAME] for all runs")
     group.add_argument("--only", nargs="+", default=None, metavar="ARM", help="these arms alone, and the baseline")
+    group.add_argument("--settings", nargs="+", default=None, metavar="NAME", help="these settings of the study alone")
 
     group = parser.add_argument_group("execution")
     group.add_argument(
@@ -106,6 +107,7 @@ def build_study(args: argparse.Namespace, flags: list[str]) -> Study:
         study = make_study(arms_from_words(args.arm, flags), "the command line", args.scale, default_title="comparison")
     if args.seeds is not None:
         study = replace(study, seeds=list(range(args.seeds)))
+    study = study.within(args.settings) if args.settings is not None else study
     return study.only(args.only) if args.only is not None else study
 
 

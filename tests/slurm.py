@@ -1,4 +1,4 @@
-"""A Slurm of one machine: ``sbatch``, ``srun`` and ``scontrol`` as far as this repository's scripts use them.
+"""A Slurm of one machine: ``sbatch``, ``srun``, ``scontrol``, ``sacct`` as far as this repository's scripts use them.
 
 An emulation of Slurm, not of anything here: it reads the ``#SBATCH`` lines, gives processes Slurm's variables, and
 takes the job down and starts it again on ``scontrol requeue``. An option it does not know is an error, as with Slurm.
@@ -102,7 +102,7 @@ class Slurm:
     def __init__(self, folder: Path, nodes: Nodes | None = None, restart: bool = True) -> None:
         self.folder = folder
         (folder / "bin").mkdir(parents=True)
-        for name in ("sbatch", "srun", "scontrol"):
+        for name in ("sbatch", "srun", "scontrol", "sacct"):
             command = folder / "bin" / name
             command.write_text(f'#!/bin/sh\nexec {sys.executable} -S {Path(__file__).resolve()} {name} "$@"\n')
             command.chmod(0o755)
@@ -260,6 +260,17 @@ def scontrol(folder: Path, words: list[str]) -> int:
     return 0
 
 
+def sacct(folder: Path, words: list[str]) -> int:
+    """The state of the job, in the form that submitit asks for."""
+    cluster = json.loads((folder / "cluster.json").read_text())
+    if words[:3] != ["-o", "JobID,State,NodeList", "--parsable2"]:
+        sys.exit(f"sacct: invalid {words}")
+    code = folder / "code"
+    state = "RUNNING" if not code.exists() else "COMPLETED" if code.read_text() == "0" else "FAILED"
+    print(f"JobID|State|NodeList\n{cluster['job_id']}|{state}|{cluster['list']}")
+    return 0
+
+
 def _note(folder: Path, event: str) -> None:
     with (folder / "events").open("a") as file:
         file.write(f"{event}\n")
@@ -278,5 +289,5 @@ def _signal(pid: int, number: int) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # scontrol show hostnames … | head -n 1
-    commands = {"sbatch": sbatch, "job": job, "srun": srun, "scontrol": scontrol}
+    commands = {"sbatch": sbatch, "job": job, "srun": srun, "scontrol": scontrol, "sacct": sacct}
     sys.exit(commands[sys.argv[1]](Path(os.environ[STATE]), sys.argv[2:]))

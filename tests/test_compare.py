@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from runs import Run, call_main, environment, tiny_tree
+from runs import Run, call_main, environment, expect, tiny_tree
+from slurm import Slurm
 from studies import ARMS, FLAGS, study_of, write_run
 
 import options
@@ -167,3 +168,23 @@ def test_runs_can_be_queued_as_run_with_submitit_queues_them(tmp_path: Path, mon
     assert make_runs(study.runs(), tmp_path, launcher) == []
     assert submitted == [(1, "gpu", "submitit", "deit_small_12"), (1, "gpu", "submitit", "attnscale_small_12")]
     assert FLAGS["epochs"] == 2 and all(is_finished(find_folder(tmp_path, run)) for run in study.runs())
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_finds_its_job_in_the_queue(study: Path, tmp_path: Path) -> None:
+    """Under the emulated Slurm: the job goes on without ``compare.py``, and is not queued a second time."""
+    out = tmp_path / "out"
+    words = [sys.executable, "scripts/compare.py", str(study), "--output_dir", str(out), "--seeds", "1"]
+    words += ["--only", "plain", "--submitit", "--ngpus 0 --mem 2G"]
+    with Slurm(tmp_path / "slurm") as slurm:
+        with Run(words, environment(**slurm.variables)) as killed:
+            deadline = time.monotonic() + 120
+            while not (records := list(out.glob("runs/*/run.json"))) or "job" not in read_record(records[0].parent):
+                assert killed.process.poll() is None and time.monotonic() < deadline, killed.output
+                time.sleep(0.05)
+            os.kill(killed.process.pid, signal.SIGKILL)
+            killed.process.wait()
+        with Run(words, environment(**slurm.variables)) as again:
+            assert "[1/1 runs" in expect(again).stdout
+        assert slurm.finish() == (0, ["started", "ended 0"])
+    assert is_finished(records[0].parent) and (out / "report.html").exists()

@@ -126,6 +126,17 @@ def test_a_scale_and_a_choice_of_arms() -> None:
         study.only(["bth"])
 
 
+def test_a_choice_of_settings() -> None:
+    study = study_of(settings={"6 layers": {"epochs": 1}, "12 layers": {}})
+    assert {run.setting for run in study.within(["12 layers"]).runs()} == {"12 layers"}
+    chosen = {run.identity for run in study.within(["6 layers"]).runs()}
+    assert chosen < {run.identity for run in study.runs()}  # the same runs
+    with pytest.raises(StudyError, match="--settings '7 layers': the settings of study.toml are '6 layers', '12 lay"):
+        study.within(["7 layers"])
+    with pytest.raises(StudyError, match="are none"):
+        study_of().within(["7 layers"])
+
+
 @pytest.mark.parametrize(("keys", "said"), [
     ({"sedes": 3}, "key 'sedes' is unknown: use title"),
     ({"seeds": 0}, "seeds = 0: give how many"),

@@ -160,7 +160,7 @@ class QueuedJob:
         """The job that an earlier ``compare.py`` has queued, if it is still there."""
         import submitit
 
-        if "job" not in record or shutil.which("squeue") is None:
+        if "job" not in record or shutil.which("sacct") is None:
             return None
         job = submitit.SlurmJob(folder=folder / "submitit", job_id=record["job"])
         return None if job.done(force_check=True) else cls(job)

@@ -161,6 +161,19 @@ class Study:
                 raise StudyError(f"--only {name}: {self.source} has the arms {', '.join(self.arms)}")
         return replace(self, arms={n: flags for n, flags in self.arms.items() if n in names or n == self.baseline})
 
+    def within(self, names: Iterable[str]) -> "Study":
+        """The study in these settings alone.
+
+        Raises:
+            StudyError: If a setting is unknown.
+        """
+        names = list(names)
+        for name in names:
+            if name not in self.settings:
+                given = ", ".join(repr(setting) for setting in self.settings if setting) or "none"
+                raise StudyError(f"--settings {name!r}: the settings of {self.source} are {given}")
+        return replace(self, settings={n: flags for n, flags in self.settings.items() if n in names})
+
     def scaled(self, flags: Flags) -> "Study":
         """The study with these flags over those of all runs."""
         return replace(self, flags=merged(self.flags, flags))
