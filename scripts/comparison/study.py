@@ -155,11 +155,7 @@ class Study:
         Raises:
             StudyError: If an arm is unknown.
         """
-        names = list(names)
-        for name in names:
-            if name not in self.arms:
-                raise StudyError(f"--only {name}: {self.source} has the arms {', '.join(self.arms)}")
-        return replace(self, arms={n: flags for n, flags in self.arms.items() if n in names or n == self.baseline})
+        return replace(self, arms=self._chosen("--only", self.arms, names, self.baseline))
 
     def within(self, names: Iterable[str]) -> "Study":
         """The study in these settings alone.
@@ -167,12 +163,14 @@ class Study:
         Raises:
             StudyError: If a setting is unknown.
         """
-        names = list(names)
-        for name in names:
-            if name not in self.settings:
-                given = ", ".join(repr(setting) for setting in self.settings if setting) or "none"
-                raise StudyError(f"--settings {name!r}: the settings of {self.source} are {given}")
-        return replace(self, settings={n: flags for n, flags in self.settings.items() if n in names})
+        return replace(self, settings=self._chosen("--settings", self.settings, names))
+
+    def _chosen(self, flag: str, tables: dict[str, Flags], names: Iterable[str], *always: str) -> dict[str, Flags]:
+        names = {*names, *always}
+        if unknown := sorted(names - {*tables}):
+            given = ", ".join(repr(name) for name in tables if name) or "nothing to choose from"
+            raise StudyError(f"{flag} {unknown[0]!r}: {self.source} has {given}")
+        return {name: flags for name, flags in tables.items() if name in names}
 
     def scaled(self, flags: Flags) -> "Study":
         """The study with these flags over those of all runs."""
