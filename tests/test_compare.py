@@ -51,25 +51,26 @@ def study(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_study_that_is_killed_goes_on_and_ends_with_the_numbers_of_runs_that_were_not(
+def test_a_study_that_is_killed_three_times_ends_with_the_numbers_of_runs_that_were_not(
     study: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """Killed by SIGKILL, within a run; nobody passes that on to the run but the kernel."""
     out = tmp_path / "out"
     runs = read_study(study).runs()
     words = [sys.executable, "scripts/compare.py", str(study), "--output_dir", str(out), "--jobs", "1"]
-    with Run(words, environment()) as killed:
-        console = out / "runs" / runs[1].folder / "console.txt"
-        deadline = time.monotonic() + 120
-        while "Epoch: [1]" not in (console.read_text() if console.exists() else ""):
-            assert killed.process.poll() is None and time.monotonic() < deadline, killed.output
-            time.sleep(0.05)
-        os.kill(killed.process.pid, signal.SIGKILL)
-        killed.process.wait()
-    assert is_finished(out / "runs" / runs[0].folder) and not is_finished(out / "runs" / runs[1].folder)
+    for run in runs[:3]:
+        with Run(words, environment()) as killed:
+            console = out / "runs" / run.folder / "console.txt"
+            deadline = time.monotonic() + 120
+            while "Epoch: [1]" not in (console.read_text() if console.exists() else ""):
+                assert killed.process.poll() is None and time.monotonic() < deadline, killed.output
+                time.sleep(0.05)
+            os.kill(killed.process.pid, signal.SIGKILL)
+            killed.process.wait()
+    assert [is_finished(out / "runs" / run.folder) for run in runs] == [True, True, False, False]
     assert compare.cli([str(study), "--output_dir", str(out), "--jobs", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "1 runs are there already" in printed and "[4/4 runs, 100% of the epochs" in printed
+    assert "2 runs are there already" in printed and "[4/4 runs, 100% of the epochs" in printed
     assert "auto-reload: continuing from" in console.read_text()
 
     # The same flags, one process after the other, never stopped.
