@@ -341,18 +341,22 @@ class Loaders(NamedTuple):
     train: DataLoader | None  # None with --eval
     val: DataLoader
     prepare: nn.Module | None  # what the device still has to do with a training batch, before anything else
+    prepare_eval: nn.Module | None  # the same for batches of val and held_out
     held_out: DataLoader | None = None  # training images that --val-split keeps from training
 
 
 def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> Loaders:
     """This rank's share of the training and of the evaluation images, as ``model`` wants them (on any device).
 
-    By default the training images come as bytes and are normalised and erased on the device; with ``--no-fast-loader``
-    they come finished. The loaders' processes are running when this returns.
+    By default the images come as bytes and are normalised (and for training erased) on the device; with
+    ``--no-fast-loader`` they come finished. The loaders' processes are running when this returns.
     """
     options, data_config = DataOptions.from_args(args), resolve_data_config({}, model=model)
-    dataset_val, _ = datasets.build_dataset(False, options, data_config)
-    dataset_train = prepare = None
+    dataset_train = prepare = prepare_eval = eval_transform = None
+    if args.fast_loader:
+        eval_transform = fastload.build_eval_transform(options, data_config)
+        prepare_eval = fastload.build_device_transform(options, data_config, world.device, is_train=False)
+    dataset_val, _ = datasets.build_dataset(False, options, data_config, transform=eval_transform)
     if not args.eval:
         build_dataset = fastload.build_dataset if args.fast_loader else partial(datasets.build_dataset, True)
         dataset_train, _ = build_dataset(options, data_config)
@@ -367,7 +371,7 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> L
     )
     sampler_train, sampler_val = build_samplers(dataset_train, dataset_val)
     common = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and world.device.type == "cuda"}
-    # These are floats: larger batches are no faster, and go through shared memory, several a worker.
+    # Larger batches are no faster, and go through shared memory, several a worker.
     evaluation = common | {"batch_size": min(max(1, 3 * args.batch_size // 2), MAX_EVAL_BATCH), "drop_last": False}
     loader_val = build_loader(dataset_val, sampler_val, **evaluation)
     loader_train = loader_held_out = None
@@ -376,12 +380,12 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> L
         loader_train = build_loader(dataset_train, sampler_train, batch_size=batch_size, drop_last=True, **common)
         start_workers(loader_train)
     if args.val_split and not args.eval:
-        held_out = datasets.build_held_out(options, data_config)
+        held_out = datasets.build_held_out(options, data_config, transform=eval_transform)
         loader_held_out = build_loader(held_out, build_samplers(None, held_out)[1], **evaluation)
         start_workers(loader_held_out)
         _logger.info(f"--val-split {args.val_split}: {len(held_out)} training images held out")
     start_workers(loader_val)
-    return Loaders(loader_train, loader_val, prepare, loader_held_out)
+    return Loaders(loader_train, loader_val, prepare, prepare_eval, loader_held_out)
 
 
 def fit_batch_size(args: argparse.Namespace, samples: int) -> int:

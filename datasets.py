@@ -102,7 +102,7 @@ def build_transform(
             of 4 instead of cropping and resizing.
         data_config: ``timm.data.resolve_data_config({}, model=model)``: ``mean``, ``std``, ``crop_pct`` and
             ``interpolation`` (of the evaluation). None: timm's defaults, those of ImageNet.
-        as_image: Whether the training transform ends with the augmented image, not yet a tensor.
+        as_image: Whether the transform ends with the image, augmented or cropped, that is not yet a tensor.
 
     Raises:
         DataError: If ``aa`` or ``eval_crop_ratio`` has no meaning.
@@ -142,7 +142,7 @@ def build_transform(
         crop_ratio = config["crop_pct"]
     if not 0 < crop_ratio <= 1:
         raise DataError(f"--eval-crop-ratio must lie in (0, 1], got {crop_ratio}; 0.875 resizes to 256 for 224 pixels")
-    return create_transform(
+    transform = create_transform(
         input_size=options.input_size,
         is_training=False,
         interpolation=config["interpolation"],
@@ -150,6 +150,9 @@ def build_transform(
         std=config["std"],
         crop_pct=1.0 if small else crop_ratio,
     )
+    if as_image:
+        del transform.transforms[-2:]  # to a tensor, normalised
+    return transform
 
 
 def _auto_augment_policy(aa: str | None) -> str | None:
@@ -202,17 +205,21 @@ def build_dataset(
     return _skip_bad_images(dataset, options), len(dataset.classes)
 
 
-def build_held_out(options: DataOptions, data_config: dict[str, Any] | None = None) -> Dataset:
+def build_held_out(
+    options: DataOptions, data_config: dict[str, Any] | None = None, *, transform: Callable | None = None
+) -> Dataset:
     """The training images that ``val_split`` keeps from training, transformed as evaluation images are.
 
     Args:
         options: With a ``val_split`` above 0.
         data_config: As in ``build_transform``.
+        transform: As in ``build_dataset``.
 
     Raises:
         DataError: If the data are not there, or cannot be split.
     """
-    dataset = _build_split(True, options, build_transform(False, options, data_config), load_image)
+    transform = transform or build_transform(False, options, data_config)
+    dataset = _build_split(True, options, transform, load_image)
     return _skip_bad_images(Part(dataset, _split(dataset, options)[1]), options)
 
 

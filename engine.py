@@ -188,6 +188,7 @@ def evaluate(
     loader: DataLoader,
     device: torch.device,
     *,
+    prepare: Callable[[Tensor], Tensor] | None = None,
     amp_dtype: torch.dtype = torch.float32,
     print_freq: int = 10,
     shared: bool = True,
@@ -202,6 +203,7 @@ def evaluate(
         model: Unwrapped, so that ranks with fewer batches wait for nobody.
         loader: Yields (images, class indices).
         device: Where the forward pass runs.
+        prepare: As in :class:`Trainer`.
         amp_dtype: Its precision; float32 switches autocast off.
         print_freq: Batches between console lines.
         shared: The loaders of the ranks share one data set among them; otherwise each has all of it.
@@ -215,6 +217,8 @@ def evaluate(
     console = _Console("Test:", len(loader), print_freq, device)
     for step, (images, targets) in enumerate(console.timed(loader)):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        if prepare is not None:
+            images = prepare(images)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
             logits = model(images)
         evaluator.update(logits, targets)

@@ -11,6 +11,9 @@ process. Here, with the same draws in the same order:
 
 So an image is the plain way's but for those levels. Only the erased rectangles are drawn from another stream: the
 step's instead of the sample's, which is as independent of workers and restarts.
+
+Evaluation images are cropped and resized by Pillow, as plainly, and travel as bytes too: on a CPU their values are the
+plain ones to the bit.
 """
 
 import math
@@ -95,6 +98,13 @@ def build_transform(options: DataOptions, data_config: dict[str, Any] | None = N
     return transform
 
 
+def build_eval_transform(options: DataOptions, data_config: dict[str, Any] | None = None) -> transforms.Compose:
+    """``datasets.build_transform(False, ...)`` up to normalisation; result as of :func:`build_transform`."""
+    transform = datasets.build_transform(False, options, data_config, as_image=True)
+    transform.transforms.append(_to_bytes)
+    return transform
+
+
 def _to_bytes(image: Image.Image) -> Tensor:
     """Pixels of shape (H, W, 3), uint8."""
     return torch.from_numpy(np.array(image))
@@ -107,7 +117,7 @@ def build_dataset(options: DataOptions, data_config: dict[str, Any] | None = Non
 
 
 class DeviceTransform(nn.Module):
-    """The rest of the training transform, on batches: normalises bytes and erases rectangles.
+    """The rest of the transform, on batches: normalises bytes and, for training, erases rectangles.
 
     Erasing draws from Python's generator and the device's own, both seeded for the step.
 
@@ -144,16 +154,20 @@ class DeviceTransform(nn.Module):
 
 
 def build_device_transform(
-    options: DataOptions, data_config: dict[str, Any] | None = None, device: torch.device | str = "cpu"
+    options: DataOptions,
+    data_config: dict[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    is_train: bool = True,
 ) -> DeviceTransform:
-    """What ``build_transform`` leaves to the device; the arguments are the same."""
+    """What ``build_transform``, or else ``build_eval_transform``, leaves to the device; the arguments are the same."""
     config = data_config or resolve_data_config(
         pretrained_cfg={"input_size": (3, options.input_size, options.input_size)}
     )
     return DeviceTransform(
         config["mean"],
         config["std"],
-        reprob=options.reprob,
+        reprob=options.reprob if is_train else 0,
         remode=options.remode,
         recount=options.recount,
         device=torch.device(device),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.data import resolve_data_config
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import checkpoints
@@ -86,7 +86,15 @@ def fit(
         rate = images / (time.time() - epoch_began)
         ema = trainer.ema if args.eval_ema else None
         leave_if_asked = partial(stop_if_asked, args, saver, stop, epoch, meters, steps)
-        evaluate = partial(evaluate_with_ema, args, trainer.bare_model, ema, world=world, amp_dtype=trainer.amp_dtype)
+        evaluate = partial(
+            evaluate_with_ema,
+            args,
+            trainer.bare_model,
+            ema,
+            world=world,
+            amp_dtype=trainer.amp_dtype,
+            prepare=loaders.prepare_eval,
+        )
         val_stats = {}
         if loaders.held_out is not None:
             val_stats = evaluate(loader=loaders.held_out, after_step=leave_if_asked, images="held-out")
@@ -144,7 +152,9 @@ def open_recorder(
 ) -> reporting.Recorder:
     """Rank 0's writer of epochs, with what ``--spectrum-every`` asks for; a run that begins is described first."""
     model = trainer.bare_model
-    watch = reporting.watch_spectrum(model, args.model, loaders.val.dataset, args.spectrum_every)
+    watch = reporting.watch_spectrum(
+        model, args.model, loaders.val.dataset, args.spectrum_every, prepare=loaders.prepare_eval, device=trainer.device
+    )
     recorder = reporting.Recorder(
         args.output_dir,
         start.epoch,
@@ -257,12 +267,13 @@ def evaluate_with_ema(
     loader: DataLoader,
     world: World,
     amp_dtype: torch.dtype,
+    prepare: Callable[[Tensor], Tensor] | None = None,
     after_step: Callable[[], None] = lambda: None,
     images: str = "test",
 ) -> dict[str, float]:
     """Accuracy of the model and, where there is one, of its EMA: ``loss``, ``acc1``, ``acc5``, ``ema_*``.
 
-    ``after_step`` is called after each batch, equally often on every rank, and may raise. ``images`` is what the log
+    ``prepare`` is what the loader has left to the device. ``after_step`` is called after each batch, equally often on every rank, and may raise. ``images`` is what the log
     calls them.
     """
     stats = {}
@@ -275,6 +286,7 @@ def evaluate_with_ema(
                 network.to(world.device),
                 loader,
                 world.device,
+                prepare=prepare,
                 amp_dtype=amp_dtype,
                 print_freq=args.print_freq,
                 shared=args.shard_eval,

@@ -90,7 +90,15 @@ class SpectrumWatch:
         }
 
 
-def watch_spectrum(model: nn.Module, name: str, dataset: Dataset, every: int) -> SpectrumWatch | None:
+def watch_spectrum(
+    model: nn.Module,
+    name: str,
+    dataset: Dataset,
+    every: int,
+    *,
+    prepare: Callable[[Tensor], Tensor] | None = None,
+    device: torch.device | str = "cpu",
+) -> SpectrumWatch | None:
     """What ``--spectrum-every`` asks for; None if it is off, or, with a warning, if the model cannot be looked into.
 
     Args:
@@ -98,6 +106,8 @@ def watch_spectrum(model: nn.Module, name: str, dataset: Dataset, every: int) ->
         name: Of the model, for the warning.
         dataset: Evaluation images, of which 32 are taken at even distances: trees of folders are ordered by class.
         every: Epochs between reports; 0: none.
+        prepare: What the data set has left to the device (see ``engine.Trainer``), or None.
+        device: Where ``prepare`` works.
     """
     if not every:
         return None
@@ -109,7 +119,7 @@ def watch_spectrum(model: nn.Module, name: str, dataset: Dataset, every: int) ->
     count = min(SPECTRUM_IMAGES, len(dataset))
     # Not through a DataLoader, which would draw a seed from torch's generator.
     images = torch.stack([dataset[index * len(dataset) // count][0] for index in range(count)])
-    return SpectrumWatch(images, every)
+    return SpectrumWatch(images if prepare is None else prepare(images.to(device)).cpu(), every)
 
 
 SAMPLES = 12  # of the first epoch: four images, each augmented three times, in one process of the paper's recipe

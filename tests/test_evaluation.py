@@ -53,8 +53,8 @@ def evaluate(words: list[str], world: utils.World = ALONE) -> dict[str, float]:
     start = build.find_start(args)
     model = build.build_model(args, build.num_classes(args, start))
     start = build.load_start(args, start, model, world)
-    loader = build.build_loaders(args, model, world).val
-    return fit.evaluate_with_ema(args, model, None, loader, world, torch.float32)
+    loaders = build.build_loaders(args, model, world)
+    return fit.evaluate_with_ema(args, model, None, loaders.val, world, torch.float32, loaders.prepare_eval)
 
 
 def every_setting(words: list[str], world: utils.World) -> dict[str, dict[str, float]]:
@@ -139,12 +139,12 @@ def test_the_loss_is_the_mean_over_images_not_over_batches(case: list[str]) -> N
     start = build.find_start(args)
     model = build.build_model(args, CLASSES)
     start = build.load_start(args, start, model, ALONE)
-    loader = build.build_loaders(args, model, ALONE).val
-    assert [len(images) for images, _ in loader] == [30, 1]
-    images, targets = (torch.cat(part) for part in zip(*loader, strict=True))
+    loaders = build.build_loaders(args, model, ALONE)
+    assert [len(images) for images, _ in loaders.val] == [30, 1]
+    images, targets = (torch.cat(part) for part in zip(*loaders.val, strict=True))
     with torch.inference_mode():
-        logits = model.eval()(images)
-    result = engine.evaluate(model, loader, ALONE.device)
+        logits = model.eval()(loaders.prepare_eval(images))
+    result = engine.evaluate(model, loaders.val, ALONE.device, prepare=loaders.prepare_eval)
     assert result["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-6)
     assert result["acc1"] == pytest.approx((logits.argmax(1) == targets).double().mean().item() * 100, rel=1e-12)
     top5 = (logits.topk(5).indices == targets[:, None]).any(1)
@@ -162,11 +162,26 @@ def test_fewer_than_five_classes_work(classes: int, tmp_path: Path) -> None:
 def test_evaluation_leaves_the_model_as_it_was(case: list[str]) -> None:
     args = get_args_parser().parse_args(case)
     model = build.build_model(args, CLASSES).train()
-    loader = build.build_loaders(args, model, ALONE).val
+    loaders = build.build_loaders(args, model, ALONE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    engine.evaluate(model, loader, torch.device("cpu"))
+    engine.evaluate(model, loaders.val, torch.device("cpu"), prepare=loaders.prepare_eval)
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
     assert not dist.is_initialized()
+
+
+def test_workers_ship_a_quarter_of_the_bytes_and_the_logits_stay_the_same_bits(case: list[str]) -> None:
+    """Bytes normalised on the device against the finished floats of ``--no-fast-loader``."""
+    for size in ("32", "48"):  # 48: resized and cropped
+        words = [*case, "--input-size", size, "--num_workers", "1"]
+        parsed = [get_args_parser().parse_args([*words, *more]) for more in ([], ["--no-fast-loader"])]
+        model = build.build_model(parsed[0], CLASSES).eval()
+        ours, plain = (build.build_loaders(args, model, ALONE) for args in parsed)
+        assert plain.prepare_eval is None
+        for (pixels, labels), (images, expected) in zip(ours.val, plain.val, strict=True):
+            assert pixels.dtype == torch.uint8 and 4 * pixels.nbytes == images.nbytes
+            assert torch.equal(labels, expected) and torch.equal(ours.prepare_eval(pixels), images)
+            with torch.inference_mode():
+                assert torch.equal(model(ours.prepare_eval(pixels)), model(images))
 
 
 def test_the_model_sets_the_crop_of_the_evaluation(case: list[str]) -> None:

@@ -320,8 +320,8 @@ def test_the_flag_chooses_between_bytes_and_floats(photographs: Path, plain: boo
     loaders = build.build_loaders(args, Headless(), World(0, 0, 1, CPU))
     images, _ = next(iter(loaders.train))
     assert images.dtype == (torch.float32 if plain else torch.uint8)
-    assert next(iter(loaders.val))[0].dtype == torch.float32
-    assert (loaders.prepare is None) == plain
+    assert next(iter(loaders.val))[0].dtype == images.dtype
+    assert (loaders.prepare is None) == (loaders.prepare_eval is None) == plain
     if not plain:
         finish = loaders.prepare
         assert finish(images).shape == (4, 3, 224, 224)
