@@ -370,7 +370,7 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> L
         shard_eval=args.shard_eval,
     )
     sampler_train, sampler_val = build_samplers(dataset_train, dataset_val)
-    common = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and world.device.type == "cuda"}
+    common = {"num_workers": loader_processes(args), "pin_memory": args.pin_mem and world.device.type == "cuda"}
     # Larger batches are no faster, and go through shared memory, several a worker.
     evaluation = common | {"batch_size": min(max(1, 3 * args.batch_size // 2), MAX_EVAL_BATCH), "drop_last": False}
     loader_val = build_loader(dataset_val, sampler_val, **evaluation)
@@ -386,6 +386,19 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> L
         _logger.info(f"--val-split {args.val_split}: {len(held_out)} training images held out")
     start_workers(loader_val)
     return Loaders(loader_train, loader_val, prepare, prepare_eval, loader_held_out)
+
+
+def loader_processes(args: argparse.Namespace) -> int:
+    """``--num_workers``, where -1 stands for the cores of this process; names cores that training would leave idle."""
+    if args.num_workers == 0:
+        return 0
+    cores = utils.cores_of_process()
+    if 0 < args.num_workers < cores and not args.eval:
+        _logger.info(
+            f"{cores} CPU cores for each process, {args.num_workers} of them load images (--num_workers "
+            f"{args.num_workers}): if data: below is a large part of time:, give --num_workers -1 for all {cores}"
+        )
+    return cores if args.num_workers == -1 else args.num_workers
 
 
 def fit_batch_size(args: argparse.Namespace, samples: int) -> int:

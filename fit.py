@@ -273,8 +273,8 @@ def evaluate_with_ema(
 ) -> dict[str, float]:
     """Accuracy of the model and, where there is one, of its EMA: ``loss``, ``acc1``, ``acc5``, ``ema_*``.
 
-    ``prepare`` is what the loader has left to the device. ``after_step`` is called after each batch, equally often on every rank, and may raise. ``images`` is what the log
-    calls them.
+    ``prepare`` is what the loader has left to the device. ``after_step`` is called after each batch, equally often on
+    every rank, and may raise. ``images`` is what the log calls them.
     """
     stats = {}
     for prefix, network in (("", model), ("ema_", ema.module if ema is not None else None)):

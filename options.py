@@ -56,7 +56,7 @@ RANGES = {
     **dict.fromkeys(("decay_epochs", "distillation_tau", "shard_cache_gb"), Interval(0, above=True)),
     "input_size": Interval(1, 8192),
     "num_classes": Interval(1, 10**7),
-    "num_workers": Interval(0, 1024),
+    "num_workers": Interval(-1, 1024),
     "seed": Interval(0, 2**62),
     "dist_timeout": Interval(1, 10**7),
     "local_rank": Interval(0, 10**6),
@@ -419,7 +419,11 @@ def _data(parser: argparse.ArgumentParser) -> None:
         choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"],
     )
     group.add(
-        "--num_workers", default=10, type=int, metavar="N", help="loader processes; their number changes no result"
+        "--num_workers",
+        default=10,
+        type=int,
+        metavar="N",
+        help="loader processes of each process, -1: one for each of its CPU cores; their number changes no result",
     )
     group.add(
         "--pin-mem", action="store_true", default=True, help="page-locked memory: faster copies to a GPU (the default)"

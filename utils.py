@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, TypeVar
 
+import joblib
 import numpy as np
 import timm
 import torch
@@ -121,6 +122,19 @@ def _own_gpu(local_rank: int) -> int:
             f"(--nproc_per_node={gpus}, Slurm's --ntasks-per-node={gpus}), or give CUDA_VISIBLE_DEVICES more"
         )
     return 0 if each_its_own else local_rank
+
+
+def cores_of_process() -> int:
+    """CPU cores for this process: what the system, a container's limit and the launcher leave to it, at least one.
+
+    The processes of a torchrun share the cores of their node equally; Slurm's tasks have ``--cpus-per-task`` each.
+    """
+    cores = joblib.cpu_count()  # looks at affinity and cgroups
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        cores //= max(_number("LOCAL_WORLD_SIZE"), 1)
+    elif "SLURM_PROCID" in os.environ:
+        cores = min(cores, _number("SLURM_CPUS_PER_TASK", cores))
+    return max(cores, 1)
 
 
 @contextmanager

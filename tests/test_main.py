@@ -29,7 +29,7 @@ import optim
 import oversmoothing
 import utils
 from datasets import DataError
-from options import get_args_parser
+from options import check_args, get_args_parser
 from oversmoothing.weights import ModelError, load_weights, read_checkpoint
 from reporting import EpochLog
 from utils import World
@@ -700,3 +700,24 @@ def test_the_checkpoint_is_dropped_before_training() -> None:
     build.release_weights(start)
     assert start.checkpoint == {"data": 3}
     build.release_weights(build.Start())
+
+
+@pytest.mark.parametrize(
+    ("given", "cores", "processes", "named"),
+    [("10", 24, 10, "24 CPU cores for each process, 10 of them load images"), ("-1", 24, 24, ""), ("0", 24, 0, "")]
+    + [("10", 8, 10, ""), ("10", 10, 10, "")],
+)
+def test_loader_processes_are_as_given_and_idle_cores_are_named(
+    given: str,
+    cores: int,
+    processes: int,
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(utils, "cores_of_process", lambda: cores)
+    caplog.set_level("INFO")
+    args = get_args_parser().parse_args(["--num_workers", given])
+    check_args(args)
+    assert build.loader_processes(args) == processes
+    assert (named in caplog.text) if named else not caplog.text

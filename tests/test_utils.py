@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -406,3 +407,36 @@ def test_write_errors_become_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(utils.SetupError, match="writing failed .No space left on device.*free some space"):
         with checkpoints.explain_write_errors(tmp_path), Path("/dev/full").open("w") as full:
             full.write("x" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 48),
+        ({"LOCAL_WORLD_SIZE": "4"}, 12),
+        ({"LOCAL_WORLD_SIZE": "100"}, 1),
+        ({"SLURM_PROCID": "3", "SLURM_CPUS_PER_TASK": "10"}, 10),
+        ({"SLURM_PROCID": "3"}, 48),
+        ({"SLURM_PROCID": "0", "SLURM_CPUS_PER_TASK": "40", "LOCAL_WORLD_SIZE": "4"}, 12),  # torchrun in a job
+    ],
+)
+def test_cores_are_those_the_launcher_leaves_to_a_process(
+    environment: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 48)
+    assert utils.cores_of_process() == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
+def test_cores_are_no_more_than_the_system_lets_this_process_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert utils.cores_of_process() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
