@@ -4,11 +4,12 @@
     python scripts/benchmark.py --quick              # the same with small batches and few rounds: under two minutes
     python scripts/benchmark.py --only step,data     # scripts/benchmark_step.py and benchmark_data.py have more flags
     python scripts/benchmark.py --compare deit_small_patch16_224 attnscale_small_12 --model-kwargs depth=48
-    python scripts/benchmark.py --model attnscale_small_12 --batch-size 256 --device cuda --amp-dtype bfloat16
+    python scripts/benchmark.py --model attnscale_small_12 --device cuda
 
 Models compared take turns in one process, step by step, so that other load on the machine affects all of them; ratios
 are medians of the ratios within a round. Remedies have lambda != 0. Bytes are those kept for backward, parameters
-excluded: they do not depend on the machine. --results-file stores everything as JSON.
+excluded: they do not depend on the machine. --results-file stores everything as JSON. On CUDA the defaults give the GPU
+work at all times: batches of 256 under bfloat16 autocast, more steps and warm-up (scripts/workload.py).
 """
 
 import argparse
@@ -48,6 +49,7 @@ from scripts import markdown
 from scripts.benchmark_data import data_table
 from scripts.benchmark_host import host_table
 from scripts.benchmark_step import scaling_table, step_table
+from scripts.workload import precision, workload
 from utils import SetupError, resolve_device
 
 MIB = 2**20
@@ -92,16 +94,27 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="NAME", help="no table: the speed, memory and MACs of this model")
     parser.add_argument("--bench", choices=("both", "infer", "train"), default="both", help="what of it")
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE")
-    parser.add_argument("-b", "--batch-size", type=int, help="default: 8 for models (--quick: 2), 64 with --model")
+    parser.add_argument(
+        "-b",
+        "--batch-size",
+        type=int,
+        help="default: 8 for models (--quick: 2), 64 with --model; on CUDA 256 (--quick: 64), 64 above 224 px",
+    )
     parser.add_argument("--img-size", type=int, help="default: that of the model")
     parser.add_argument(
-        "--rounds", type=int, help="measured rounds of a table; default 7, 5, 9 by table (--quick: fewer)"
+        "--rounds",
+        type=int,
+        help="measured rounds of a table; default 7, 5, 9 by table, 30 for models on CUDA (--quick: fewer)",
     )
-    parser.add_argument("--num-warm-iter", type=int, default=3, help="with --model: steps before measuring")
-    parser.add_argument("--num-bench-iter", type=int, default=10, help="with --model: steps measured")
+    parser.add_argument("--num-warm-iter", type=int, help="with --model: steps before measuring; default 3, on CUDA 10")
+    parser.add_argument("--num-bench-iter", type=int, help="with --model: steps measured; default 10, on CUDA 50")
     parser.add_argument("--no-retry", action="store_true", help="with --model: fail instead of halving the batch")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--amp-dtype", choices=("bfloat16", "float16"), help="run under autocast; default: float32")
+    parser.add_argument(
+        "--amp-dtype",
+        choices=("bfloat16", "float16", "none"),
+        help="run under autocast; default: none (float32), on CUDA bfloat16",
+    )
     parser.add_argument("--torchcompile", nargs="?", const="default", metavar="MODE", help="a mode of torch.compile")
     parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="CPU threads; one table for each number")
     parser.add_argument(
@@ -231,18 +244,19 @@ def compare(comparison: Comparison, args: argparse.Namespace) -> list[dict[str, 
         all three relative to the plain model.
     """
     device = torch.device(args.device)
-    batch_size = args.batch_size or (2 if args.quick else 8)
     img_size = args.img_size or comparison.img_size
+    work = workload("models", device, quick=args.quick, img_size=img_size)
+    batch_size, amp_dtype = args.batch_size or work.batch_size, precision(args.amp_dtype, work.amp_dtype)
     names = (comparison.plain, *comparison.variants)
     runners = []
     for name in names:
         kwargs = {**(comparison.plain_kwargs if name == comparison.plain else {}), **args.model_kwargs}
         model = build(name, img_size, device, **kwargs)
-        runners.append(Runner(model, batch_size, device, args.amp_dtype, args.torchcompile))
-    num_rounds = args.rounds or (3 if args.quick else 7)
+        runners.append(Runner(model, batch_size, device, amp_dtype, args.torchcompile))
+    num_rounds = args.rounds or work.steps
     times = {
         # Evaluation first, as in a process that only evaluates: training changes how the C library gives memory back.
-        phase: take_turns([getattr(runner, phase) for runner in runners], num_rounds, device, args.clock)
+        phase: take_turns([getattr(runner, phase) for runner in runners], num_rounds, device, args.clock, work.warmup)
         for phase in ("infer", "train")
     }
     saved = [bytes_saved(runner.model, runner.loss) for runner in runners]
@@ -253,6 +267,7 @@ def compare(comparison: Comparison, args: argparse.Namespace) -> list[dict[str, 
             plain=comparison.plain,
             img_size=img_size,
             batch_size=batch_size,
+            amp_dtype=amp_dtype or "float32",
             depth=len(attention_layers(runners[i].model)),
             threads=torch.get_num_threads(),
             saved_mib=saved[i] / MIB,
@@ -266,9 +281,11 @@ def compare(comparison: Comparison, args: argparse.Namespace) -> list[dict[str, 
     return rows
 
 
-def take_turns(steps: list[Callable[[], None]], num_rounds: int, device: torch.device, clock: str) -> list[list[float]]:
-    """Seconds of every step in every round; the order turns from round to round, after one round to warm up."""
-    for step in steps:
+def take_turns(
+    steps: list[Callable[[], None]], num_rounds: int, device: torch.device, clock: str, warmup: int = 1
+) -> list[list[float]]:
+    """Seconds of every step in every round; the order turns from round to round, after ``warmup`` rounds."""
+    for step in warmup * steps:
         step()
     rounds = []
     for number in range(num_rounds):
@@ -336,7 +353,7 @@ def benchmark_model(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads[0])
-    batch_size = args.batch_size or 64
+    batch_size = args.batch_size or workload("model", device, img_size=args.img_size or 224).batch_size
     while True:
         try:
             return _benchmark_model(args, device, batch_size)
@@ -356,11 +373,14 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 def _benchmark_model(args: argparse.Namespace, device: torch.device, batch_size: int) -> dict[str, Any]:
     model = build(args.model, args.img_size, device, **args.model_kwargs)
-    runner = Runner(model, batch_size, device, args.amp_dtype, args.torchcompile)
+    work = workload("model", device)
+    amp_dtype = precision(args.amp_dtype, work.amp_dtype)
+    runner = Runner(model, batch_size, device, amp_dtype, args.torchcompile)
     result: dict[str, Any] = dict(
         model=args.model,
         batch_size=batch_size,
         img_size=runner.images.shape[-1],
+        amp_dtype=amp_dtype or "float32",
         param_count=round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2),
         gmacs=round(count_macs(runner.model, runner.images[:1]) / 1e9, 3),
         saved_mib_per_image=round(bytes_saved(model, runner.loss) / batch_size / MIB, 2),
@@ -369,9 +389,10 @@ def _benchmark_model(args: argparse.Namespace, device: torch.device, batch_size:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         step = getattr(runner, phase)
-        for _ in range(args.num_warm_iter):
+        for _ in range(work.warmup if args.num_warm_iter is None else args.num_warm_iter):
             step()
-        step_time = statistics.median(seconds(step, device, args.clock) for _ in range(args.num_bench_iter))
+        times = [seconds(step, device, args.clock) for _ in range(args.num_bench_iter or work.steps)]
+        step_time = statistics.median(times)
         result[f"{phase}_samples_per_sec"] = round(batch_size / step_time, 2)
         result[f"{phase}_step_time"] = round(1e3 * step_time, 3)  # milliseconds
         if device.type == "cuda":
@@ -421,7 +442,7 @@ def check_args(args: argparse.Namespace) -> None:
         values = value if isinstance(value, list) else [value]
         if not all(number is None or 1 <= number <= 10**6 for number in values):
             problems.append(f"{spell(args, flag)}: give a whole number, 1 or more")
-    if not 0 <= args.num_warm_iter <= 10**6:
+    if args.num_warm_iter is not None and not 0 <= args.num_warm_iter <= 10**6:
         problems.append(f"--num-warm-iter {args.num_warm_iter}: give a whole number, 0 or more")
     if args.clock == "cpu" and not args.device.startswith("cpu"):
         problems.append(f"--clock cpu --device {args.device}: processor time says nothing about another device")

@@ -2,8 +2,8 @@
 
     python scripts/benchmark_step.py                          # attnscale_small_12, batch 64, 2 threads
     python scripts/benchmark_step.py --quick
-    python scripts/benchmark_step.py --device cuda --batch-size 128 --steps 50
-    python scripts/benchmark_step.py --only scaling           # needs two free cores
+    python scripts/benchmark_step.py --device cuda            # batch 256, 50 steps after 5 to warm up
+    python scripts/benchmark_step.py --only scaling           # needs two free cores, or with --device cuda two GPUs
 
 The steps are those of ``engine.train_one_epoch`` with mixup, autocast, loss scaling, AdamW, the EMA, meters
 and console lines; hooks record the time between their parts. Batches are random bytes made in advance: data loading is
@@ -37,6 +37,7 @@ import fastload
 import options
 import utils
 from scripts import markdown
+from scripts.workload import workload
 
 NUM_CLASSES = 1000
 FORWARD_BACKWARD = ("forward", "backward")
@@ -128,11 +129,12 @@ def step_table(args: argparse.Namespace) -> list[dict[str, Any]]:
     device = torch.device(args.device)
     if threads := getattr(args, "threads", None):
         torch.set_num_threads(threads[0])
-    batch_size = getattr(args, "batch_size", None) or (8 if args.quick else 64)
-    steps = getattr(args, "steps", None) or (2 if args.quick else 4)
+    work = workload("step", device, quick=args.quick)
+    batch_size = getattr(args, "batch_size", None) or work.batch_size
+    steps = getattr(args, "steps", None) or work.steps
     flags = ["--model", getattr(args, "model", None) or "attnscale_small_12", "--batch-size", str(batch_size)]
     trainer, batches = build_step(utils.World(0, 0, 1, device), *flags)
-    run_steps(trainer, batches, 1)  # the optimizer's state and the thread pools are made in the first step
+    run_steps(trainer, batches, work.warmup)  # the first step makes the optimizer's state and the thread pools
     timeline = Timeline(device)
     timeline.watch(trainer)
     trainer.ema.timeline = timeline
@@ -167,8 +169,9 @@ def scaling_table(args: argparse.Namespace) -> list[dict[str, Any]]:
         args: As for :func:`step_table`; ``rounds`` of one and two processes in turns.
     """
     rounds = getattr(args, "rounds", None) or (1 if args.quick else 5)
-    batch_size = getattr(args, "batch_size", None) or (4 if args.quick else 16)
-    steps = getattr(args, "steps", None) or 3
+    work = workload("scaling", args.device, quick=args.quick)
+    batch_size = getattr(args, "batch_size", None) or work.batch_size
+    steps = getattr(args, "steps", None) or work.steps
     model = getattr(args, "model", None) or "attnscale_small_12"
     rates: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(rounds):
@@ -207,7 +210,7 @@ def _work(args: argparse.Namespace) -> None:
     """One process of :func:`_rate_of`; rank 0 writes the rate of all."""
     with utils.process_group(args.device) as world:
         trainer, batches = build_step(world, "--model", args.model, "--batch-size", str(args.batch_size))
-        run_steps(trainer, batches, 1)
+        run_steps(trainer, batches, workload("scaling", world.device).warmup)
         seconds = run_steps(trainer, batches, args.steps)
         if world.is_main:
             args.worker.write_text(str(world.world_size * args.batch_size * args.steps / seconds))
@@ -229,7 +232,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=TABLES, help="one of the two tables")
     parser.add_argument("--model", default="attnscale_small_12", metavar="NAME")
-    parser.add_argument("-b", "--batch-size", type=int, help="default 64 in one process, 16 in each of two")
+    parser.add_argument(
+        "-b", "--batch-size", type=int, help="default 64 in one process, 16 in each of two; on CUDA 256"
+    )
     parser.add_argument("--steps", type=int)
     parser.add_argument("--rounds", type=int, help="of one and two processes in turns; default 5")
     parser.add_argument("--threads", type=int, nargs="+", help="of the one process; default: torch's")

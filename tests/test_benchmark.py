@@ -11,7 +11,8 @@ import timm
 import torch
 
 from oversmoothing.analysis.cost import count_macs
-from scripts import benchmark, benchmark_host
+from scripts import benchmark, benchmark_host, benchmark_step
+from scripts.workload import WORKLOADS, workload
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -160,3 +161,53 @@ def test_host_table_has_a_row_for_every_model() -> None:
     rows = benchmark_host.host_table(argparse.Namespace(amp_dtype="bfloat16", rounds=2, quick=True))
     assert [row["model"] for row in rows][:2] == ["deit_small_patch16_224", "attnscale_small_12"] and len(rows) == 8
     assert all(row["host_ms"] > 0 and row["operators"] > 500 for row in rows)
+
+
+class Stopped(Exception):
+    """Before anything is computed."""
+
+
+def test_on_cuda_the_defaults_load_the_gpu_and_on_a_cpu_they_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each benchmark asks for, seen where it builds its first model."""
+    asked = {}
+
+    def runner(model: object, batch_size: int, device: torch.device, amp_dtype: str | None, *_: object) -> None:
+        asked[device.type] = batch_size, amp_dtype
+        raise Stopped
+
+    monkeypatch.setattr(benchmark, "build", lambda *args, **kwargs: None)
+    monkeypatch.setattr(benchmark, "Runner", runner)
+    cases = [
+        (("--device", "cuda", "--compare", "a", "b"), (256, "bfloat16")),
+        (("--device", "cuda", "--compare", "a", "b", "--img-size", "384"), (64, "bfloat16")),
+        (("--device", "cuda", "--compare", "a", "b", "--quick", "--amp-dtype", "none"), (64, None)),
+        (("--device", "cuda:1", "--model", "a"), (256, "bfloat16")),
+        (("--device", "cuda", "--model", "a", "-b", "7", "--amp-dtype", "float16"), (7, "float16")),
+        (("--compare", "a", "b"), (8, None)),
+        (("--compare", "a", "b", "--quick"), (2, None)),
+        (("--model", "a"), (64, None)),
+    ]
+    for words, expected in cases:
+        args = benchmark.get_parser().parse_args(words)
+        with pytest.raises(Stopped):
+            benchmark.benchmark_model(args) if args.model else benchmark.models_table(args)
+        assert asked["cuda" if "--device" in words else "cpu"] == expected, words
+
+    def build_step(world: object, *flags: str) -> None:
+        asked["step"] = flags[-1]
+        raise Stopped
+
+    monkeypatch.setattr(benchmark_step, "build_step", build_step)
+    for device, expected in (("cuda", "256"), ("cpu", "64")):
+        with pytest.raises(Stopped):
+            benchmark_step.step_table(argparse.Namespace(device=device, quick=False))
+        assert asked["step"] == expected
+    for name in WORKLOADS:
+        cpu, cuda = workload(name, "cpu"), workload(name, "cuda")
+        assert cuda.batch_size >= 256 and cuda.steps >= 30 > cpu.steps and cuda.warmup >= 5 > cpu.warmup
+
+
+def test_warming_up_is_not_measured() -> None:
+    calls = []
+    rounds = benchmark.take_turns([lambda: calls.append(0), lambda: calls.append(1)], 3, CPU, "wall", warmup=2)
+    assert len(rounds) == 3 and len(calls) == 2 * (2 + 3)
