@@ -270,6 +270,7 @@ def build_trainer(
     criterion = losses.build_criterion(
         mixup_active=mixup is not None,
         smoothing=args.smoothing,
+        bce=args.bce_loss,
         teacher=teacher,
         distillation_type=args.distillation_type,
         alpha=args.distillation_alpha,

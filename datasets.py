@@ -68,9 +68,11 @@ class DataOptions:
     shard_cache_gb: float = 64.0
     input_size: int = 224
     # Training: DeiT's recipe.
-    color_jitter: float = 0.4  # only where aa is off
+    color_jitter: float = 0.4  # only where aa is off, and with three_augment
     hflip: float = 0.5
     aa: str | None = "rand-m9-mstd0.5-inc1"  # "none" or "" switches it off
+    three_augment: bool = False  # in place of aa; color_jitter follows it
+    src: bool = False  # simple random crop, in place of the random resized crop
     train_interpolation: str = "bicubic"
     reprob: float = 0.25
     remode: str = "pixel"
@@ -99,7 +101,7 @@ def build_transform(
         is_train: Whether to augment with DeiT's recipe. Otherwise the shorter side is resized to
             ``floor(input_size / crop_pct)`` and the centre is cropped.
         options: Up to 32 pixels training and evaluation resize to ``input_size``, and training crops with a padding
-            of 4 instead of cropping and resizing.
+            of 4 instead of cropping and resizing; with ``src`` likewise at any size, the padding being reflected.
         data_config: ``timm.data.resolve_data_config({}, model=model)``: ``mean``, ``std``, ``crop_pct`` and
             ``interpolation`` (of the evaluation). None: timm's defaults, those of ImageNet.
         as_image: Whether the transform ends with the image, augmented or cropped, that is not yet a tensor.
@@ -107,7 +109,7 @@ def build_transform(
     Raises:
         DataError: If ``aa`` or ``eval_crop_ratio`` has no meaning.
 
-    Source: DeiT's recipe, arXiv 2012.12877, table 9.
+    Source: DeiT's recipe, arXiv 2012.12877, table 9; ``three_augment`` and ``src``: DeiT III, arXiv 2204.07118.
     """
     config = data_config or resolve_data_config(
         pretrained_cfg={"input_size": (3, options.input_size, options.input_size)}
@@ -120,7 +122,8 @@ def build_transform(
             separate=True,
             color_jitter=options.color_jitter,
             hflip=options.hflip,
-            auto_augment=_auto_augment_policy(options.aa),
+            # timm's name of ThreeAugment: grey, solarised from 128, or blurred with a radius of 0.1 to 2, drawn alike.
+            auto_augment="3a" if options.three_augment else _auto_augment_policy(options.aa),
             interpolation=options.train_interpolation,
             mean=config["mean"],
             std=config["std"],
@@ -128,7 +131,12 @@ def build_transform(
             re_mode=options.remode,
             re_count=options.recount,
         )
-        if small:
+        if options.src:
+            crop.transforms[:1] = [
+                transforms.Resize(options.input_size, interpolation=str_to_interp_mode(options.train_interpolation)),
+                transforms.RandomCrop(options.input_size, padding=4, padding_mode="reflect"),
+            ]
+        elif small:
             # An image of 32 pixels has no room for a random crop of 8% of its area.
             bicubic = str_to_interp_mode("bicubic")
             crop.transforms[:1] = [

@@ -1,8 +1,8 @@
-"""The training criterion: cross entropy in the form that the targets ask for, with or without a teacher."""
+"""The training criterion: cross entropy in the form that the targets ask for, or binary, with or without a teacher."""
 
 import torch
 import torch.nn.functional as F
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 
@@ -10,6 +10,7 @@ def build_criterion(
     *,
     mixup_active: bool,
     smoothing: float,
+    bce: bool = False,
     teacher: nn.Module | None = None,
     distillation_type: str = "none",
     alpha: float = 0.5,
@@ -20,12 +21,17 @@ def build_criterion(
     Args:
         mixup_active: Mixup or CutMix is on, so targets are distributions (B, num_classes) that carry the smoothing.
         smoothing: Label smoothing for class-index targets.
+        bce: Binary cross entropy of each class, averaged over classes and images; a class is present (1) if it has any
+            share in the target, else absent (0). Targets must carry no smoothing, which gives every class a share.
+            As the code of DeiT III (arXiv 2204.07118).
         teacher: The frozen teacher; needed unless ``distillation_type`` is "none".
         distillation_type: "none", "soft" or "hard".
         alpha: Weight of the distillation loss, 0 to 1.
         tau: Temperature of the soft loss.
     """
-    if mixup_active:
+    if bce:
+        base = BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)
+    elif mixup_active:
         base = SoftTargetCrossEntropy()
     elif smoothing:
         base = LabelSmoothingCrossEntropy(smoothing=smoothing)

@@ -18,8 +18,8 @@ def scaled(rate: float, args: argparse.Namespace, world_size: int) -> float:
 
 
 def scaled_lr(args: argparse.Namespace, world_size: int) -> float:
-    """``--lr``, which is for 512 images a step."""
-    return scaled(args.lr, args, world_size)
+    """``--lr``, which is for 512 images a step; with ``--unscale-lr`` for as many as there are."""
+    return args.lr if args.unscale_lr else scaled(args.lr, args, world_size)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -87,8 +87,11 @@ def describe_plan(args: argparse.Namespace, plan: LRPlan, world_size: int) -> st
     )
     bounds = ", --min-lr and --warmup-lr scaled likewise" if args.scale_min_lr else ""
     when = "LR at the first step of epoch" if plan.on_updates else "LR by epoch"
+    batch = f" x {args.batch_size} images x {args.grad_accum} accumulated x {world_size} process(es) / 512"
+    if args.unscale_lr:
+        batch = " whatever the batch (--unscale-lr)"
     return (
-        f"LR plan: base {scaled_lr(args, world_size):.4g} = {args.lr:g} x {args.batch_size} images x {args.grad_accum} "
-        f"accumulated x {world_size} process(es) / 512{bounds}; {args.sched}, {args.warmup_epochs} epochs of warm-up\n"
+        f"LR plan: base {scaled_lr(args, world_size):.4g} = {args.lr:g}{batch}{bounds}; {args.sched}, "
+        f"{args.warmup_epochs} epochs of warm-up\n"
         f"{when}: " + "  ".join(f"{epoch}: {plan(epoch):.4g}" for epoch in turns if epoch < args.epochs)
     )

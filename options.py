@@ -11,6 +11,7 @@ from timm.utils import ParseKwargs
 
 SCHEDULES = ("cosine", "step", "poly", "tanh")  # those of timm that depend on the epoch alone
 INTERPOLATIONS = ("random", "bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")
+RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 PATHS = ("output_dir", "resume", "finetune", "teacher_path", "data_path", "shard_cache")  # ~ is the user's home
 
 
@@ -218,7 +219,8 @@ def _model(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.1,
         metavar="P",
-        help="stochastic depth: rises linearly to P over the layers on DeiT and Swin, constant on CaiT",
+        help="stochastic depth: rises linearly to P over the layers on DeiT and Swin; constant on CaiT, and on DeiT "
+        "with --model-kwargs uniform_drop_path=True",
     )
     group.add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass")
     group.add(
@@ -285,6 +287,7 @@ def _learning_rate(parser: argparse.ArgumentParser) -> None:
         metavar="LR",
         help="for a batch of 512; scaled by batch-size x processes x grad-accum / 512",
     )
+    group.add("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch (DeiT III's recipe)")
     group.add(
         "--layer-decay",
         type=float,
@@ -322,17 +325,40 @@ def _augmentation(parser: argparse.ArgumentParser) -> None:
     """What happens to training images."""
     group = _Group(parser, "augmentation")
     group.add(
-        "--color-jitter", type=float, default=0.4, metavar="PCT", help="colour jitter; only without --aa, as in timm"
+        "--color-jitter",
+        type=float,
+        default=0.4,
+        metavar="PCT",
+        help="colour jitter; only without --aa, as in timm, or with --three-augment",
     )
     group.add("--hflip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")
     group.add(
         "--aa",
         type=str,
-        default="rand-m9-mstd0.5-inc1",
+        default=RAND_AUGMENT,
         metavar="NAME",
         help='timm\'s AutoAugment policy; "none" switches it off',
     )
+    group.add(
+        "--three-augment",
+        "--ThreeAugment",
+        action="store_true",
+        help="DeiT III's ThreeAugment, in place of --aa: each image is made grey, solarised or blurred, then "
+        "--color-jitter. --reprob stays as it is (DeiT III: 0)",
+    )
+    group.add(
+        "--src",
+        action="store_true",
+        help="DeiT III's simple random crop, in place of the random resized crop: the shorter side is resized to "
+        "--input-size, the square cropped from it with 4 reflected pixels around",
+    )
     group.add("--smoothing", type=float, default=0.1, metavar="EPS", help="label smoothing")
+    group.add(
+        "--bce-loss",
+        action="store_true",
+        help="binary cross entropy of each class, in place of the cross entropy; with mixup and cutmix every class in "
+        "the mixed image is present, whatever its share (DeiT III). Needs --smoothing 0",
+    )
     group.add("--train-interpolation", type=str, default="bicubic", metavar="NAME", help="random, bilinear or bicubic")
     group.add(
         "--repeated-aug",
@@ -609,6 +635,28 @@ def check_args(args: argparse.Namespace) -> None:
         f"--sched {args.sched}: use one of {', '.join(SCHEDULES)}; plateau depends on the results so far, not on the "
         "epoch alone, so a resumed run would differ",
     )
+    opt = args.opt.lower()
+    require(
+        not opt.removeprefix("lookahead_").startswith("fused"),
+        f"--opt {args.opt} is apex's, which is not used here: give --opt {opt.replace('fused', '')}, timm's own",
+    )
+    require(
+        not (args.unscale_lr and args.scale_min_lr),
+        "--unscale-lr and --scale-min-lr: give one of them; the bounds of the rate are scaled as the rate is",
+    )
+    require(
+        not args.bce_loss or args.smoothing == 0,
+        f"--bce-loss {spell(args, 'smoothing')}: smoothing gives every class a share of the target, and --bce-loss "
+        "counts each class with a share as present; give --smoothing 0",
+    )
+    require(
+        not args.three_augment or args.aa.strip().lower() in (RAND_AUGMENT, "none", ""),
+        f"--three-augment {spell(args, 'aa')}: give one of them; --three-augment takes the place of --aa",
+    )
+    require(
+        not args.src or args.train_interpolation != "random",
+        "--src --train-interpolation random: give the one filter to resize with, such as bicubic",
+    )
     require(
         not (args.resume and args.finetune),
         f"--resume {args.resume} and --finetune {args.finetune}: give one of them; "
@@ -661,6 +709,8 @@ def spell(args: argparse.Namespace, *names: str) -> str:
     """Flags with their values as on the command line: ``--opt-betas 0.9 0.99 --opt lion``."""
 
     def words(value: Any) -> Iterable[Any]:
+        if value is True:  # a switch
+            return ()
         if isinstance(value, dict):
             return (f"{key}={entry}" for key, entry in value.items())
         return value if isinstance(value, list | tuple) else [value]

@@ -37,9 +37,15 @@ OPTIMIZER_FLAGS = ("opt", "opt_eps", "opt_betas", "momentum", "weight_decay", "l
 SCHEDULE_FLAGS = (
     *("sched", "lr", "epochs", "warmup_epochs", "warmup_lr", "min_lr", "decay_epochs", "decay_rate"),
     *("lr_noise", "lr_noise_pct", "lr_noise_std", "batch_size", "grad_accum", "sched_on_updates", "scale_min_lr"),
+    "unscale_lr",
 )
-AUGMENTATION_FLAGS = ("aa", "color_jitter", "hflip", "train_interpolation", "reprob", "remode", "recount", "input_size")
-MIXING_FLAGS = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "smoothing")
+AUGMENTATION_FLAGS = (
+    *("aa", "three_augment", "src", "color_jitter", "hflip", "train_interpolation", "reprob", "remode", "recount"),
+    "input_size",
+)
+MIXING_FLAGS = (
+    *("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "smoothing", "bce_loss"),
+)
 
 
 def check_flags(args: argparse.Namespace, world_size: int = 1) -> nn.Module:
@@ -170,7 +176,7 @@ def mix_once(args: argparse.Namespace) -> None:
     if mixup is not None:
         side = min(args.input_size, 256)
         _, targets = mixup(torch.zeros(2, 1, side, side), targets)
-    criterion = losses.build_criterion(mixup_active=mixup_active(args), smoothing=args.smoothing)
+    criterion = losses.build_criterion(mixup_active=mixup_active(args), smoothing=args.smoothing, bce=args.bce_loss)
     criterion(None, torch.zeros(2, classes), targets)
 
 

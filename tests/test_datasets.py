@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
+from scipy.stats import chisquare, kstest, uniform
 from timm.data import resolve_data_config
 from torchvision import transforms
 
@@ -139,6 +140,63 @@ def test_aa_none_switches_over_to_color_jitter(aa: str | None) -> None:
 @pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "original", "originalr", "v0", "v0r", "3a", "augmix-m3-w3"])
 def test_policies_of_timm_work(aa: str) -> None:
     assert build_transform(True, make_args(aa=aa, input_size=64), DEIT)(random_image(0)).shape == (3, 64, 64)
+
+
+def test_three_augment_takes_the_place_of_the_policy_and_color_jitter_follows() -> None:
+    steps = build_transform(True, make_args(three_augment=True, color_jitter=0.3, reprob=0.0), DEIT).transforms
+    crop, flip, three, jitter, *rest = steps
+    assert [type(step).__name__ for step in rest] == ["MaybeToTensor", "Normalize"]
+    assert (crop.scale, crop.ratio, flip.p) == ((0.08, 1.0), (3 / 4, 4 / 3), 0.5)
+    assert len(three.policy) == 3
+    assert jitter.brightness == jitter.contrast == jitter.saturation == pytest.approx((0.7, 1.3)) and not jitter.hue
+
+
+def test_each_image_is_grey_solarised_or_blurred_alike_often() -> None:
+    """ThreeAugment as torchvision's Grayscale and Pillow's solarize and GaussianBlur have it, of radius 0.1 to 2."""
+    three = build_transform(True, make_args(three_augment=True), DEIT).transforms[2]
+    image = random_image(0)
+    counts, radii = [0, 0, 0], []
+    for seed in range(900):
+        random.seed(seed)
+        result = np.asarray(three(image))
+        random.seed(seed)
+        random.choice(range(3))
+        radius = random.uniform(0.1, 2.0)
+        blurred = image.filter(ImageFilter.GaussianBlur(radius))
+        whole = (transforms.Grayscale(3)(image), ImageOps.solarize(image), blurred)
+        (which,) = [i for i, expected in enumerate(whole) if np.array_equal(result, expected)]
+        counts[which] += 1
+        radii += [radius] if which == 2 else []
+    assert chisquare(counts).pvalue > 0.05, counts
+    assert kstest(radii, uniform(0.1, 1.9).cdf).pvalue > 0.05
+
+
+@pytest.mark.parametrize("side", [24, 40])
+@pytest.mark.parametrize("size", [(50, 90), (90, 50), (20, 20)])
+def test_the_simple_crop_is_any_square_of_the_resized_image_and_four_reflected_pixels(
+    side: int, size: tuple[int, int]
+) -> None:
+    options = make_args(input_size=side, src=True, aa="none", color_jitter=0.0, hflip=0.0)
+    transform = build_transform(True, options, DEIT, as_image=True)
+    image = random_image(1, size)
+    scale = side / min(size)
+    shape = tuple(int(scale * edge) for edge in size)
+    resized = np.asarray(image.resize(shape[::-1], Image.Resampling.BICUBIC))
+    padded = np.pad(resized, ((4, 4), (4, 4), (0, 0)), mode="reflect")
+    rows, columns = (range(edge + 8 - side + 1) for edge in shape)
+    windows = {padded[y : y + side, x : x + side].tobytes(): (y, x) for y in rows for x in columns}
+    torch.manual_seed(0)
+    places = [windows[np.asarray(transform(image)).tobytes()] for _ in range(400)]
+    assert {y for y, _ in places} == set(rows) and {x for _, x in places} == set(columns)
+
+
+def test_the_simple_crop_stands_before_either_augmentation() -> None:
+    names = {"RandAugment": {}, "AutoAugment": {"three_augment": True}, "ColorJitter": {"aa": "none"}}
+    for name, options in names.items():
+        steps = build_transform(True, make_args(src=True, **options), DEIT).transforms
+        found = [type(step).__name__ for step in steps]
+        assert found[:4] == ["Resize", "RandomCrop", "RandomHorizontalFlip", name]
+        assert steps[0].interpolation == transforms.InterpolationMode.BICUBIC and steps[2].p == 0.5
 
 
 def test_unknown_policy_is_refused() -> None:

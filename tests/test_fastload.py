@@ -77,9 +77,12 @@ def test_the_crop_and_the_flip_are_the_plain_ones_to_a_rounding_of_few_pixels(
     assert (apart > 0.01).float().mean() < 0.01
 
 
-def test_the_whole_recipe_differs_from_the_plain_one_by_roundings_only(photographs: Path) -> None:
+@pytest.mark.parametrize("flags", [(), ("--three-augment", "--color-jitter", "0.3")], ids=str)
+def test_the_whole_recipe_differs_from_the_plain_one_by_roundings_only(
+    photographs: Path, flags: tuple[str, ...]
+) -> None:
     """Equal draws give equal pictures: the median over images, for equalize turns a level of input into several."""
-    args = make_args("", "--reprob", "0")
+    args = make_args("", "--reprob", "0", *flags)
     apart = torch.stack(
         [
             levels_apart(plain_image(path, seed, args), fast_image(path, seed, args))
@@ -93,6 +96,13 @@ def test_the_whole_recipe_differs_from_the_plain_one_by_roundings_only(photograp
 @pytest.mark.parametrize("flags", [["--input-size", "32"], ["--input-size", "32", "--aa", "none"]])
 def test_small_images_are_padded_and_cropped_as_plainly(photographs: Path, flags: list[str]) -> None:
     args = make_args("", "--reprob", "0", *flags)
+    for seed, path in enumerate(sorted(photographs.glob("train/*/*.jpg"))[:5]):
+        assert torch.equal(plain_image(path, seed, args), fast_image(path, seed, args))
+
+
+@pytest.mark.parametrize("flags", [(), ("--three-augment", "--color-jitter", "0.3"), ("--aa", "none")], ids=str)
+def test_the_simple_crop_is_the_plain_one_to_the_bit(photographs: Path, flags: tuple[str, ...]) -> None:
+    args = make_args("", "--input-size", "64", "--reprob", "0", "--src", *flags)
     for seed, path in enumerate(sorted(photographs.glob("train/*/*.jpg"))[:5]):
         assert torch.equal(plain_image(path, seed, args), fast_image(path, seed, args))
 
@@ -246,13 +256,14 @@ def same(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool
     )
 
 
-def test_neither_workers_nor_a_restart_change_a_batch(photographs: Path) -> None:
-    whole = load_epoch(photographs, 0)
+@pytest.mark.parametrize("flags", [(), ("--three-augment", "--src")], ids=str)
+def test_neither_workers_nor_a_restart_change_a_batch(photographs: Path, flags: tuple[str, ...]) -> None:
+    whole = load_epoch(photographs, 0, *flags)
     assert len(whole) == 5
-    assert same(whole, load_epoch(photographs, 1))
-    assert same(whole, load_epoch(photographs, 3))
-    assert same(whole[2:], load_epoch(photographs, 2, done=2))
-    assert not same(whole, load_epoch(photographs, 0, epoch=2))
+    assert same(whole, load_epoch(photographs, 1, *flags))
+    assert same(whole, load_epoch(photographs, 3, *flags))
+    assert same(whole[2:], load_epoch(photographs, 2, *flags, done=2))
+    assert not same(whole, load_epoch(photographs, 0, *flags, epoch=2))
 
 
 def test_workers_do_not_need_their_random_state_back_but_the_main_process_does(photographs: Path) -> None:

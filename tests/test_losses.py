@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import golden_json, golden_rules
+from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
@@ -66,6 +67,46 @@ def test_distillation_equals_the_reference(float64: None) -> None:
 def test_the_loss_fits_the_targets(mixup_active: bool, smoothing: float, expected: type) -> None:
     criterion = build_criterion(mixup_active=mixup_active, smoothing=smoothing)
     assert type(criterion.base_criterion) is expected
+
+
+@pytest.mark.parametrize("mix", [dict(mixup_alpha=0.8), dict(mixup_alpha=0.0, cutmix_alpha=1.0)], ids=str)
+def test_binary_cross_entropy_has_every_class_of_a_mixed_image_present(float64: None, mix: dict) -> None:
+    """DeiT III's loss: the mean over images and classes of -y log p - (1 - y) log(1 - p), y = 1 for any share."""
+    torch.manual_seed(0)
+    labels = torch.tensor([0, 3, 3, 1])
+    logits = torch.randn(4, 5, requires_grad=True)
+    _, targets = Mixup(**mix, label_smoothing=0.0, num_classes=5)(torch.randn(4, 1, 8, 8), labels)
+    present = torch.zeros(4, 5)
+    for row, pair in enumerate(zip(labels, labels.flip(0), strict=True)):
+        present[row, list(pair)] = 1
+    assert 0 < targets[0].max() < 1  # shares, not yet decisions
+
+    loss = build_criterion(mixup_active=True, smoothing=0.0, bce=True)(torch.zeros(4), logits, targets.to(logits))
+    p = torch.sigmoid(logits.detach())
+    expected = -(present * p.log() + (1 - present) * (1 - p).log()).sum() / 20
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(loss, nn.BCEWithLogitsLoss()(logits, present))
+    loss.backward()
+    torch.testing.assert_close(logits.grad, (p - present) / 20)
+
+
+def test_binary_cross_entropy_of_unmixed_images_has_their_one_class_present(float64: None) -> None:
+    logits, labels = torch.randn(3, 4), torch.tensor([2, 0, 3])
+    criterion = build_criterion(mixup_active=False, smoothing=0.0, bce=True)
+    torch.testing.assert_close(
+        criterion(torch.zeros(3), logits, labels), nn.BCEWithLogitsLoss()(logits, torch.eye(4)[labels])
+    )
+
+
+def test_binary_cross_entropy_is_the_class_token_s_part_of_a_distillation(float64: None) -> None:
+    logits, distilled, teacher = torch.randn(3, 3, 4)
+    labels = torch.tensor([2, 0, 3])
+    criterion = build_criterion(
+        mixup_active=False, smoothing=0.0, bce=True, teacher=FixedTeacher(teacher), distillation_type="hard", alpha=0.3
+    )
+    expected = 0.7 * nn.BCEWithLogitsLoss()(logits, torch.eye(4)[labels])
+    expected += 0.3 * nn.CrossEntropyLoss()(distilled, teacher.argmax(1))
+    torch.testing.assert_close(criterion(torch.zeros(3), (logits, distilled), labels), expected)
 
 
 def test_a_missing_teacher_and_an_unknown_type_are_refused() -> None:

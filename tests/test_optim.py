@@ -57,6 +57,19 @@ def test_the_bounds_of_the_rate_grow_with_the_batch_where_asked(processes: int) 
         assert plan(4) == pytest.approx(5e-4 * processes / 2, rel=1e-3)
 
 
+def test_an_unscaled_rate_is_that_of_any_batch() -> None:
+    words = "--lr 4e-3 --warmup-lr 1e-6 --min-lr 1e-5 --warmup-epochs 5 --epochs 800 --batch-size 256"
+    of_one = optim.LRPlan(parse(f"{words} --unscale-lr"), 1)
+    for more, processes in (("", 8), ("--batch-size 32", 3), ("--grad-accum 4", 2)):
+        args = parse(f"{words} --unscale-lr {more}")
+        plan = optim.LRPlan(args, processes)
+        assert optim.scaled_lr(args, processes) == 4e-3
+        assert all(plan(epoch) == of_one(epoch) for epoch in range(800))
+    assert of_one(0) == 1e-6 and of_one(799) == pytest.approx(1e-5, rel=1e-2)
+    assert max(map(of_one, range(800))) == pytest.approx(4e-3, rel=1e-3)
+    assert "base 0.004 = 0.004 whatever the batch (--unscale-lr); cosine" in optim.describe_plan(args, of_one, 1)
+
+
 def test_parameter_groups_equal_the_reference() -> None:
     for name, record in golden_json("optimizer_groups.json").items():
         with torch.device("meta"):
@@ -159,6 +172,34 @@ def test_a_state_without_layer_decay_is_refused_by_a_run_with_it() -> None:
     saved = optim.build_optimizer(parse(""), model, 1e-3).state_dict()
     with pytest.raises(CheckpointError, match="parameter groups"):
         load_optimizer(optim.build_optimizer(parse("--layer-decay 0.5"), model, 1e-3), saved)
+
+
+def test_lamb_makes_the_steps_of_its_definition(float64: None) -> None:
+    """arXiv 1904.00962, algorithm 2, as apex has it: the gradient's norm cut at 1, no trust ratio without decay."""
+    torch.manual_seed(0)
+    model = timm.create_model("attnscale_tiny_12", **SIZE, init_values=1e-2)
+    optimizer = optim.build_optimizer(parse("--opt lamb --weight-decay 0.05"), model, 1e-3)
+    named = dict(model.named_parameters())
+    expected = {name: parameter.detach().clone() for name, parameter in named.items()}
+    means, squares = ({name: torch.zeros_like(value) for name, value in expected.items()} for _ in range(2))
+    for number in range(1, 4):
+        optim.set_lr(optimizer, lr := 1e-3 * number)
+        gradients = {name: torch.randn_like(value) for name, value in expected.items()}
+        norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
+        assert norm > 1
+        for name, parameter in named.items():
+            parameter.grad = gradients[name].clone()
+            gradient = gradients[name] / norm
+            means[name] = 0.9 * means[name] + 0.1 * gradient
+            squares[name] = 0.999 * squares[name] + 0.001 * gradient**2
+            update = means[name] / (1 - 0.9**number) / ((squares[name] / (1 - 0.999**number)).sqrt() + 1e-8)
+            if parameter.ndim > 1 and name not in ("cls_token", "pos_embed"):
+                update += 0.05 * expected[name]
+                update *= expected[name].norm() / update.norm()
+            expected[name] -= lr * update
+        optimizer.step()
+    for name, parameter in named.items():
+        torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize(

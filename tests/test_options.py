@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from runs import ROOT
 
-from options import ArgumentError, check_args, get_args_parser
+from options import ArgumentError, check_args, get_args_parser, spell
 
 GOLDEN = ROOT.parent / "shared" / "golden" / "cli_flags.json"
 # auto: CUDA where there is one, as "cuda" was, and CPU where there is none, where "cuda" only failed.
@@ -121,6 +121,11 @@ def test_a_mistyped_flag_is_an_error_not_an_abbreviation() -> None:
         (["--eval-crop-ratio", "0"], "--eval-crop-ratio 0"),
         (["--layer-decay", "0"], "--layer-decay 0.0: give a number above 0, at most 1"),
         (["--layer-decay", "1.5"], "--layer-decay 1.5"),
+        (["--opt", "fusedlamb"], "--opt fusedlamb is apex's, which is not used here: give --opt lamb, timm's"),
+        (["--bce-loss"], "--bce-loss --smoothing 0.1: smoothing gives every class a share"),
+        (["--three-augment", "--aa", "original"], "--three-augment --aa original: give one of them"),
+        (["--src", "--train-interpolation", "random"], "--src --train-interpolation random"),
+        (["--unscale-lr", "--scale-min-lr"], "--unscale-lr and --scale-min-lr: give one of them"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -129,6 +134,14 @@ def test_an_impossible_value_is_named(flags: list[str], named: str) -> None:
         check_args(get_args_parser().parse_args(flags))
     assert named in str(raised.value)
     assert len(str(raised.value).splitlines()) == 1
+
+
+def test_the_flags_of_deit_iii_are_accepted_as_its_authors_write_them() -> None:
+    words = "--opt lamb --unscale-lr --bce-loss --smoothing 0.0 --ThreeAugment --src --color-jitter 0.3 --reprob 0.0"
+    args = get_args_parser().parse_args(words.split())
+    check_args(args)
+    assert (args.three_augment, args.src, args.bce_loss, args.unscale_lr) == (True,) * 4
+    assert spell(args, "three_augment", "color_jitter", "src") == "--three-augment --color-jitter 0.3 --src"
 
 
 def test_all_problems_are_reported_at_once() -> None:
