@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from timm.layers import trunc_normal_, use_fused_attn
+from timm.layers import DropPath, trunc_normal_, use_fused_attn
 from timm.models import checkpoint
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, fx, jit
@@ -26,14 +26,21 @@ class DeiT(VisionTransformer):
         attn_skip: ``s`` in ``s x + f(x)``, the skip connection of each attention branch, for studies: below 1 tokens
             grow alike sooner. Each block's input is multiplied by it, which the norm before attention undoes but for
             its epsilon.
+        drop_path_rate: Of the last block; that of the others rises to it linearly, from 0 in the first.
+        uniform_drop_path: Give all blocks that rate, as DeiT III does (arXiv 2204.07118).
         **kwargs: As timm's.
     """
 
     fused_attn: jit.Final[bool]
 
-    def __init__(self, *args, attn_skip: float = 1.0, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, *args, attn_skip: float = 1.0, drop_path_rate: float = 0.0, uniform_drop_path: bool = False, **kwargs
+    ) -> None:
+        super().__init__(*args, drop_path_rate=drop_path_rate, **kwargs)
         self.fused_attn = use_fused_attn()
+        if uniform_drop_path and drop_path_rate:
+            for block in self.blocks:
+                block.drop_path1, block.drop_path2 = DropPath(drop_path_rate), DropPath(drop_path_rate)
         if attn_skip != 1:
             for block in self.blocks:
                 block.register_forward_pre_hook(partial(_scale_input, attn_skip))

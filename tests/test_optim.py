@@ -175,7 +175,7 @@ def test_a_state_without_layer_decay_is_refused_by_a_run_with_it() -> None:
 
 
 def test_lamb_makes_the_steps_of_its_definition(float64: None) -> None:
-    """arXiv 1904.00962, algorithm 2, as apex has it: the gradient's norm cut at 1, no trust ratio without decay."""
+    """arXiv 1904.00962, algorithm 2, as apex has it: the gradient clipped at norm 1, no trust ratio without decay."""
     torch.manual_seed(0)
     model = timm.create_model("attnscale_tiny_12", **SIZE, init_values=1e-2)
     optimizer = optim.build_optimizer(parse("--opt lamb --weight-decay 0.05"), model, 1e-3)
