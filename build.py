@@ -36,6 +36,7 @@ from oversmoothing.weights import (
 )
 from oversmoothing.weights.model import BUILDER_ARGUMENTS
 from readers.loader import build_loader, start_workers
+from readers.real_labels import CLASSES as REAL_CLASSES
 from utils import World
 
 _logger = logging.getLogger(__name__)
@@ -185,6 +186,11 @@ def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: 
         raise ArgumentError(
             f"--eval --finetune {args.finetune}: the file's head has {classes} classes, the model {model.num_classes}: "
             "a new head has nothing to evaluate; train it first, or give --data-set and --num-classes of the file"
+        )
+    if args.real_labels and model.num_classes != REAL_CLASSES:
+        raise ArgumentError(
+            f"--real-labels {args.real_labels}: the model has {model.num_classes} classes; ReaL's labels are those of "
+            f"ImageNet's {REAL_CLASSES:,}"
         )
     missing = load_weights(
         model,

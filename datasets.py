@@ -30,12 +30,16 @@ from readers.image_sets import (
     ImageTree,
     INaturalistJson,
     MemberImages,
+    NumberedTree,
     SkipBadImages,
     class_folders,
     fashion_mnist_file,
+    is_numbered,
+    numbered_folders,
     shorten,
 )
 from readers.images import File, load_image, to_rgb
+from readers.real_labels import WithRealLabels
 
 _logger = logging.getLogger(__name__)
 
@@ -43,6 +47,7 @@ _logger = logging.getLogger(__name__)
 NOMINAL_CLASSES = {
     "IMNET": 1000,
     "IMNET100": 100,
+    "IMNET-V2": 1000,
     "CIFAR": 100,
     "CIFAR10": 10,
     "FMNIST": 10,
@@ -81,6 +86,7 @@ class DataOptions:
     eval_crop_ratio: float | None = None  # None: the model's own crop_pct
     val_split: float = 0.0  # share of the training images of each class that is held out; 0: none
     val_split_seed: int = 0
+    real_labels: str = ""  # ReaL's real.json: targets of evaluation images have these labels too
 
     @classmethod
     def from_args(cls, args: Namespace) -> "DataOptions":
@@ -201,7 +207,8 @@ def build_dataset(
 
     Returns:
         The data set, whose items are (tensor of shape (3, input_size, input_size), label), and its number of classes,
-        counted, not assumed; compare with ``NOMINAL_CLASSES``.
+        counted, not assumed; compare with ``NOMINAL_CLASSES``. With ``real_labels``, an evaluation image has
+        ``WithRealLabels``'s targets in place of its label.
 
     Raises:
         DataError: If the data are not there or not usable.
@@ -210,6 +217,8 @@ def build_dataset(
     dataset = _build_split(is_train, options, transform, loader)
     if is_train and options.val_split:
         dataset = Part(dataset, _split(dataset, options)[0])
+    if not is_train and options.real_labels:
+        dataset = WithRealLabels(dataset, options.real_labels)
     return _skip_bad_images(dataset, options), len(dataset.classes)
 
 
@@ -243,7 +252,17 @@ def _build_split(
     if options.data_set in INAT_YEARS:
         category = options.inat_category
         return INaturalistJson(root, is_train, INAT_YEARS[options.data_set], category, transform, loader)
-    _tree_classes(options, root, is_train)
+    if options.data_set == "IMNET-V2":
+        if is_train:
+            raise DataError("--data-set IMNET-V2 has no training images: it is to be evaluated on")
+        return NumberedTree(root, transform, loader)
+    classes = _tree_classes(options, root, is_train)
+    if is_numbered(classes) and _find_split(root, "train") is None:
+        _logger.warning(
+            f"--data-path {root}: class folders named by numbers are sorted as text (0, 1, 10, 100), as in training on "
+            "such folders; if they are ImageNet's labels, as in ImageNet-V2, give --data-set IMNET-V2 and the folder "
+            "that holds them"
+        )
     return _build_tree(root, "train" if is_train else "val", transform, loader)
 
 
@@ -400,6 +419,8 @@ def count_classes(options: DataOptions, is_train: bool = True) -> int:
     if options.data_set in INAT_YEARS:
         year = INAT_YEARS[options.data_set]
         return len(INaturalistJson(root, is_train, year, options.inat_category).classes)
+    if options.data_set == "IMNET-V2":
+        return len(numbered_folders(root))
     return len(_tree_classes(options, root, is_train))
 
 

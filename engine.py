@@ -182,6 +182,34 @@ def optimizer_step(trainer: Trainer) -> None:
         trainer.ema.update(trainer.bare_model)
 
 
+class _Evaluator(ClassificationEvaluator):
+    """timm's, which also counts on ReaL labels where targets have them (see ``readers.real_labels``)."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.real = torch.zeros(2, dtype=torch.int64, device=self.device)  # images with such labels; of them correct
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        """Adds a batch: logits (B, classes), and targets (B,) or, ReaL's after the plain one, (B, 1 + labels)."""
+        if target.ndim == 1:
+            super().update(output, target)
+            return
+        before = self.num_samples
+        super().update(output, target[:, 0])
+        kept = self.num_samples - before  # the rest is a sampler's padding
+        real = target[:kept, 1:]
+        predicted = output[:kept].float().topk(min(5, output.shape[1])).indices[:, :1]  # that of timm's top-1
+        self.real += torch.stack([(real >= 0).any(1).sum(), (real == predicted).any(1).sum()])
+
+    def compute(self, distributed: bool = False) -> dict[str, float]:
+        """timm's numbers, and with ReaL labels ``real`` (percent) and ``real_images``."""
+        total, real = super().compute(distributed), self.real.clone()
+        if distributed:
+            dist.all_reduce(real)
+        images, correct = real.tolist()
+        return total | {"real": 100 * correct / images, "real_images": images} if images else total
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -201,7 +229,7 @@ def evaluate(
 
     Args:
         model: Unwrapped, so that ranks with fewer batches wait for nobody.
-        loader: Yields (images, class indices).
+        loader: Yields (images, class indices), or the targets of ``readers.real_labels.WithRealLabels``.
         device: Where the forward pass runs.
         prepare: As in :class:`Trainer`.
         amp_dtype: Its precision; float32 switches autocast off.
@@ -211,9 +239,10 @@ def evaluate(
 
     Returns:
         ``loss`` (cross entropy, nats), ``acc1`` and ``acc5`` (percent; with fewer than five classes all of them count).
+        Where targets have ReaL labels, also ``real_acc1`` (percent) of the ``real_images`` that have any.
     """
     model.eval()
-    evaluator = ClassificationEvaluator(device, max_samples=evaluation_sample_limit(loader))
+    evaluator = _Evaluator(device, max_samples=evaluation_sample_limit(loader))
     console = _Console("Test:", len(loader), print_freq, device)
     for step, (images, targets) in enumerate(console.timed(loader)):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
@@ -227,8 +256,10 @@ def evaluate(
             console.line(step, None, "  ".join(f"{name}: {value:.4f}" for name, value in evaluator.summary().items()))
         after_step()
     total = evaluator.compute(distributed=shared and dist.is_initialized())
-    _logger.info(f"* Acc@1 {total['top1']:.3f} Acc@5 {total['top5']:.3f} loss {total['loss']:.3f}")
-    return {"loss": total["loss"], "acc1": total["top1"], "acc5": total["top5"]}
+    real = {"real_acc1": total["real"], "real_images": total["real_images"]} if "real" in total else {}
+    beside = f" ReaL@1 {real['real_acc1']:.3f}" if real else ""
+    _logger.info(f"* Acc@1 {total['top1']:.3f} Acc@5 {total['top5']:.3f}{beside} loss {total['loss']:.3f}")
+    return {"loss": total["loss"], "acc1": total["top1"], "acc5": total["top5"]} | real
 
 
 @torch.inference_mode()

@@ -271,7 +271,7 @@ def evaluate_with_ema(
     after_step: Callable[[], None] = lambda: None,
     images: str = "test",
 ) -> dict[str, float]:
-    """Accuracy of the model and, where there is one, of its EMA: ``loss``, ``acc1``, ``acc5``, ``ema_*``.
+    """Accuracy of the model and, where there is one, of its EMA: what ``engine.evaluate`` returns, and ``ema_*``.
 
     ``prepare`` is what the loader has left to the device. ``after_step`` is called after each batch, equally often on
     every rank, and may raise. ``images`` is what the log calls them.
@@ -296,5 +296,8 @@ def evaluate_with_ema(
             network.to(home)
         of = "EMA" if prefix else "network"
         _logger.info(f"Accuracy of the {of} on the {len(loader.dataset)} {images} images: {result['acc1']:.3f}%")
+        if "real_acc1" in result:
+            count, accuracy = result["real_images"], result["real_acc1"]
+            _logger.info(f"ReaL accuracy of the {of} on the {count} of them with ReaL labels: {accuracy:.3f}%")
         stats |= {prefix + name: value for name, value in result.items()}
     return stats

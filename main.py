@@ -82,7 +82,8 @@ def run(
         return
     ema = build.build_ema(args, start, model)
     if args.eval:
-        evaluate_with_ema(args, model, ema, loaders.val, world, amp_dtype, prepare=loaders.prepare_eval)
+        stats = evaluate_with_ema(args, model, ema, loaders.val, world, amp_dtype, prepare=loaders.prepare_eval)
+        _logger.info(f"results: {json.dumps(stats)}")
         return
     trainer = build.build_trainer(args, start, model, ema, world, amp_dtype, loaders.prepare)
     build.release_weights(start)

@@ -12,7 +12,8 @@ from timm.utils import ParseKwargs
 SCHEDULES = ("cosine", "step", "poly", "tanh")  # those of timm that depend on the epoch alone
 INTERPOLATIONS = ("random", "bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
-PATHS = ("output_dir", "resume", "finetune", "teacher_path", "data_path", "shard_cache")  # ~ is the user's home
+# ~ in them is the user's home
+PATHS = ("output_dir", "resume", "finetune", "teacher_path", "data_path", "shard_cache", "real_labels")
 
 
 class Interval(NamedTuple):
@@ -417,8 +418,9 @@ def _data(parser: argparse.ArgumentParser) -> None:
         "--data-set",
         default="IMNET100",
         type=str,
-        choices=["CIFAR", "IMNET", "IMNET100", "INAT", "INAT19", "CIFAR10", "FMNIST", "FOLDER", "wds"],
-        help="kind of data set; CIFAR is CIFAR-100, FOLDER any tree of images with one folder a class, wds WebDataset "
+        choices=["CIFAR", "IMNET", "IMNET100", "IMNET-V2", "INAT", "INAT19", "CIFAR10", "FMNIST", "FOLDER", "wds"],
+        help="kind of data set; CIFAR is CIFAR-100, FOLDER any tree of images with one folder a class, IMNET-V2 a "
+        "folder of 0/ to 999/ to evaluate on (docs/evaluate.md), wds WebDataset "
         "shards (scripts/prepare_wds.py): local ones give the same run as the tree they were made from, bit for bit; "
         "remote ones are as reproducible, but have an order of their own, and the three views of --repeated-aug stay "
         "on one process (docs/data.md)",
@@ -567,6 +569,12 @@ def _evaluation(parser: argparse.ArgumentParser) -> None:
     group = _Group(parser, "evaluation")
     group.add("--eval", action="store_true", help="evaluate --resume (or --finetune) and exit")
     group.add("--eval-ema", action="store_true", help="evaluate the EMA of the weights too")
+    group.add(
+        "--real-labels",
+        default="",
+        metavar="JSON",
+        help="with --eval: the accuracy on ReaL labels too, from real.json of google-research/reassessed-imagenet",
+    )
     group.add("--throughput", action="store_true", help="measure images/s of the forward pass and exit")
     group.add("--no-dist-eval", action="store_false", dest="shard_eval", help="let every process evaluate everything")
 
@@ -673,6 +681,14 @@ def check_args(args: argparse.Namespace) -> None:
     require(
         not args.eval or args.resume or args.finetune or (args.auto_reload and args.output_dir),
         "--eval needs weights: give --resume FILE",
+    )
+    require(
+        not args.real_labels or args.eval,
+        f"--real-labels {args.real_labels} needs --eval: these labels are for evaluation alone",
+    )
+    require(
+        args.data_set != "IMNET-V2" or args.eval or args.throughput,
+        "--data-set IMNET-V2 has no training images, only some to evaluate: give --eval",
     )
     require(
         args.distillation_type == "none" or args.teacher_path or args.eval,

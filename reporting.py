@@ -189,7 +189,7 @@ def _contact_sheet(pixels: np.ndarray, captions: list[str]) -> np.ndarray:
 _NO_HPARAMS = frozenset({
     *("output_dir", "data_path", "num_workers", "pin_mem", "device", "print_freq", "spectrum_every", "download"),
     *("auto_reload", "start_epoch", "keep_checkpoints", "checkpoint_steps", "list_models", "throughput"),
-    *("eval", "dist_eval", "shard_eval", "world_size", "dist_url", "dist_timeout", "local_rank"),
+    *("eval", "real_labels", "dist_eval", "shard_eval", "world_size", "dist_url", "dist_timeout", "local_rank"),
 })  # fmt: skip
 
 

@@ -76,6 +76,18 @@ class ImageTree(ImageFolder):
         return samples
 
 
+class NumberedTree(ImageTree):
+    """Images of the tree ``root/<label>/**/*.jpg``, as ImageNet-V2 comes: a folder's name is its label, from 0 on.
+
+    ``ImageTree`` would sort these names as text, 0, 1, 10, 100: labels of other classes from the third on.
+    """
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Class names in label order, and their labels."""
+        classes = numbered_folders(Path(directory))
+        return classes, {name: int(name) for name in classes}
+
+
 def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
     """Folders and the names of their files; one that links lead to again, as ``loop -> .`` does, is left out."""
 
@@ -303,6 +315,29 @@ def class_folders(folder: Path) -> list[str]:
     if not classes:
         raise DataError(f"--data-path: {folder} is empty: it should hold one folder of images for each class")
     return classes
+
+
+def numbered_folders(folder: Path) -> list[str]:
+    """Names of class folders that are their labels, in this order: ``["0", "1", "2", ...]``.
+
+    Raises:
+        DataError: If folders have other names, or a number is missing.
+    """
+    found = set(class_folders(folder))
+    wanted = list(map(str, range(len(found))))
+    if others := sorted(found - set(wanted)):
+        missing = [name for name in wanted if name not in found]
+        raise DataError(
+            f"--data-path {folder}: class folders must be the numbers from 0 on, without a gap; there are {len(found)} "
+            f"folders, among them {shorten(others)}, and no {shorten(missing)}: give the folder that holds 0, 1, 2 and "
+            "so on, complete"
+        )
+    return wanted
+
+
+def is_numbered(classes: list[str]) -> bool:
+    """Whether class names are the numbers from 0 on and text sorts them otherwise."""
+    return len(classes) > 10 and set(classes) == set(map(str, range(len(classes))))
 
 
 def fashion_mnist_file(folder: Path, name: str) -> Path:

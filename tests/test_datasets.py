@@ -463,6 +463,20 @@ def test_evaluation_without_train_needs_the_nominal_classes(tmp_path: Path) -> N
         build_dataset(False, make_args(tmp_path))
 
 
+@pytest.mark.parametrize("with_train", [True, False])
+def test_numbered_folders_keep_the_labels_that_training_gave_them(
+    with_train: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sorted as text, as ever: a checkpoint keeps its meaning. Without train/ they may be labels, which is said."""
+    for split in ("train", "val")[not with_train :]:
+        for label in range(100):
+            (tmp_path / split / str(label)).mkdir(parents=True)
+            random_image(label, (4, 4)).save(tmp_path / split / str(label) / "0.png")
+    dataset, _ = build_dataset(False, make_args(tmp_path, data_set="IMNET100"))
+    assert dataset.class_to_idx["10"] == 2 and dataset.classes == sorted(map(str, range(100)))
+    assert ("give --data-set IMNET-V2" in caplog.text) == (not with_train)
+
+
 # ---------------------------------------------------------------------------------------------------- other data sets
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from imagenet_val import name_as_imagenet, write_real_labels
 from runs import TINY, call_main, free_port, run_main, tiny_tree
 from timm.data import resolve_data_config
+from timm.data.real_labels import RealLabelsImagenet
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -47,6 +50,31 @@ def evaluation_flags(data: Path, weights: Path, classes: int) -> list[str]:
     return [*TINY, "--data-path", str(data), "--eval", "--resume", str(weights)]
 
 
+def logits_of(words: list[str]) -> tuple[torch.Tensor, list[tuple[str, int]]]:
+    """Logits of all images in one batch, without the code under test, and the files with their labels."""
+    args = get_args_parser().parse_args([*words, "--real-labels", ""])
+    start = build.find_start(args)
+    model = build.build_model(args, build.num_classes(args, start))
+    build.load_start(args, start, model, ALONE)
+    options = datasets.DataOptions.from_args(args)
+    dataset, _ = datasets.build_dataset(False, options, resolve_data_config({}, model=model))
+    with torch.inference_mode():
+        return model.eval()(torch.stack([image for image, _ in dataset])), list(dataset.samples)
+
+
+@pytest.fixture(scope="module")
+def real_case(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The same with ReaL labels."""
+    folder = tmp_path_factory.mktemp("real")
+    data = tiny_tree(folder / "data", classes=CLASSES, train=CLASSES, val=IMAGES)
+    names = [path.name for path in name_as_imagenet(data)]
+    words = [*evaluation_flags(data, folder / "weights.pth", 1000), "--num-classes", "1000"]
+    logits, samples = logits_of(words)
+    predicted = {Path(file).name: int(row.argmax()) for row, (file, _) in zip(logits, samples, strict=True)}
+    write_real_labels(folder / "real.json", [predicted[name] for name in names])
+    return [*words, "--real-labels", str(folder / "real.json")]
+
+
 def evaluate(words: list[str], world: utils.World = ALONE) -> dict[str, float]:
     """What ``main`` does for ``--eval``, by its own functions."""
     args = get_args_parser().parse_args(words)
@@ -64,12 +92,20 @@ def every_setting(words: list[str], world: utils.World) -> dict[str, dict[str, f
     return {name: evaluate([*words, *more], world) for name, more in settings.items()}
 
 
-def worker(rank: int, world_size: int, port: int, words: list[str], folder: str) -> None:
+def every_evaluation(words: list[str], real_words: list[str], world: utils.World) -> dict[str, dict[str, float]]:
+    """Those of plain labels in every setting, with ReaL's, and with ranks that differ in their number of batches."""
+    results = every_setting(words, world) | {"uneven": evaluate_unevenly(world)}
+    for size in BATCH_SIZES[:2]:
+        results[f"ReaL {size}"] = evaluate([*real_words, "--batch-size", size], world)
+    return results
+
+
+def worker(rank: int, world_size: int, port: int, words: list[str], real_words: list[str], folder: str) -> None:
     names = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
     with utils.process_group("cpu") as world:
-        results = every_setting(words, world) | {"uneven": evaluate_unevenly(world)}
+        results = every_evaluation(words, real_words, world)
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
 
 
@@ -89,17 +125,19 @@ def evaluate_unevenly(world: utils.World) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def one_process(case: list[str]) -> dict[str, dict[str, float]]:
-    return every_setting(case, ALONE) | {"uneven": evaluate_unevenly(ALONE)}
+def one_process(case: list[str], real_case: list[str]) -> dict[str, dict[str, float]]:
+    return every_evaluation(case, real_case, ALONE)
 
 
 def assert_equal(result: dict[str, float], expected: dict[str, float]) -> None:
-    assert (result["acc1"], result["acc5"]) == (expected["acc1"], expected["acc5"])  # to the last digit
+    assert result.keys() == expected.keys()
+    for name in result.keys() - {"loss"}:
+        assert result[name] == expected[name]  # to the last digit
     assert result["loss"] == pytest.approx(expected["loss"], rel=1e-6)
 
 
 def test_one_process_gives_the_same_for_any_batch_size(one_process: dict[str, dict[str, float]]) -> None:
-    results = {name: result for name, result in one_process.items() if name != "uneven"}
+    results = {name: result for name, result in one_process.items() if name[0].islower() and name != "uneven"}
     reference = results["batch 64"]
     assert 0 < reference["acc1"] < reference["acc5"] < 100  # an answer that could go wrong
     assert reference["acc1"] * IMAGES / 100 == pytest.approx(round(reference["acc1"] * IMAGES / 100))
@@ -110,9 +148,10 @@ def test_one_process_gives_the_same_for_any_batch_size(one_process: dict[str, di
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_several_processes_give_the_same_for_any_batch_size(
-    world_size: int, case: list[str], one_process: dict[str, dict[str, float]], tmp_path: Path
+    world_size: int, case: list[str], real_case: list[str], one_process: dict[str, dict[str, float]], tmp_path: Path
 ) -> None:
-    context = mp.spawn(worker, (world_size, free_port(), case, str(tmp_path)), nprocs=world_size, join=False)
+    given = (world_size, free_port(), case, real_case, str(tmp_path))
+    context = mp.spawn(worker, given, nprocs=world_size, join=False)
     deadline = time.monotonic() + 200
     while not context.join(timeout=5):
         if time.monotonic() > deadline:
@@ -195,3 +234,70 @@ def test_the_model_sets_the_crop_of_the_evaluation(case: list[str]) -> None:
         resize = datasets.build_transform(False, options, resolve_data_config({}, model=model)).transforms[0]
         sizes[(name, *more)] = resize.size
     assert list(sizes.values()) == [256, 224, 224]
+
+
+# ---- other labels of ImageNet ----------------------------------------------------------------------------------------
+def test_real_accuracy_is_that_of_timm(real_case: list[str], one_process: dict[str, dict[str, float]]) -> None:
+    logits, samples = logits_of(real_case)
+    theirs = RealLabelsImagenet([file for file, _ in samples], real_case[-1])
+    theirs.add_result(logits)
+    ours = one_process["ReaL 2"]
+    assert ours == one_process["ReaL 4"] | {"loss": ours["loss"]}
+    assert 0 < ours["real_acc1"] < 100 and ours["real_images"] == len(theirs.is_correct[1]) < IMAGES
+    assert ours["real_acc1"] == pytest.approx(theirs.get_accuracy(1), rel=1e-12)
+
+
+def test_real_accuracy_is_printed_beside_the_plain_one_and_as_json(
+    real_case: list[str], one_process: dict[str, dict[str, float]]
+) -> None:
+    printed = call_main(*real_case, "--batch-size", "2").stdout
+    expected = one_process["ReaL 2"]
+    assert f" Acc@5 {expected['acc5']:.3f} ReaL@1 {expected['real_acc1']:.3f} loss" in printed
+    accuracy = f"{expected['real_acc1']:.3f}%"
+    assert (
+        f"ReaL accuracy of the network on the {expected['real_images']} of them with ReaL labels: {accuracy}" in printed
+    )
+    assert json.loads(printed.split("results: ")[1]) == pytest.approx(expected)
+
+
+def test_real_labels_need_the_classes_of_imagenet(case: list[str], real_case: list[str]) -> None:
+    done = call_main(*case, "--data-path", real_case[real_case.index("--data-path") + 1], *real_case[-2:], code=2)
+    assert "the model has 7 classes; ReaL's labels are those of ImageNet's 1,000" in done.stderr
+
+
+@pytest.fixture
+def imagenet_v2(tmp_path: Path) -> Path:
+    """Twelve of its class folders, 0 to 11, and no train/ or val/."""
+    made = tiny_tree(tmp_path / "made", classes=12, train=0, val=36)
+    root = tmp_path / "imagenetv2-matched-frequency-format-val"
+    root.mkdir()
+    for label in range(12):
+        (made / "val" / f"class_{label}").rename(root / str(label))
+    return root
+
+
+def test_imagenet_v2_folders_are_labels(imagenet_v2: Path, tmp_path: Path) -> None:
+    """Sorted as text they would be 0, 1, 10, 11, 2: another accuracy, and no error."""
+    words = evaluation_flags(imagenet_v2, tmp_path / "weights.pth", 12)
+    words[words.index("--data-set") + 1] = "IMNET-V2"
+    logits, samples = logits_of(words)
+    assert [label for _, label in samples] == [int(Path(file).parent.name) for file, _ in samples]
+    text = {name: label for label, name in enumerate(sorted(map(str, range(12))))}
+    as_text = torch.tensor([text[Path(file).parent.name] for file, _ in samples])
+    right = (logits.argmax(1) == torch.tensor([label for _, label in samples])).double().mean().item() * 100
+    assert right != (logits.argmax(1) == as_text).double().mean().item() * 100
+    printed = call_main(*words).stdout
+    assert f"Accuracy of the network on the 36 test images: {right:.3f}%" in printed
+
+
+def test_imagenet_v2_is_complete_and_only_evaluated(imagenet_v2: Path, tmp_path: Path) -> None:
+    words = evaluation_flags(imagenet_v2, tmp_path / "weights.pth", 12)
+    words[words.index("--data-set") + 1] = "IMNET-V2"
+    train = [word for word in words if word not in ("--eval", "--resume", str(tmp_path / "weights.pth"))]
+    assert "--data-set IMNET-V2 has no training images" in call_main(*train, code=2).stderr
+    shutil.rmtree(imagenet_v2 / "3")
+    assert "there are 11 folders, among them 11, and no 3" in call_main(*words, code=2).stderr
+    assert (
+        "among them imagenetv2-matched-frequency-format-val, made"
+        in call_main(*words, "--data-path", imagenet_v2.parent, code=2).stderr
+    )
