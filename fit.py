@@ -5,9 +5,11 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +20,13 @@ from torch.utils.data import DataLoader
 
 import checkpoints
 import datasets
+import efficiency
 import engine
 import optim
 import reporting
+import tracing
 import utils
+import writers
 from build import Loaders, Start
 from oversmoothing import remedies_of
 from utils import World
@@ -61,6 +66,8 @@ def fit(
         )
     saver = Saver(args, trainer, world, start.max_accuracy, data)
     stop = utils.StopSignal(world, args.dist_timeout)
+    use = efficiency.Efficiency(trainer.bare_model, args.input_size, trainer.device, trainer.amp_dtype)
+    to_trace = args.profile if world.is_main else 0
     began = time.time()
 
     for epoch in range(start.epoch, args.epochs):
@@ -70,20 +77,31 @@ def fit(
         steps = first_step + len(loader_train)
         if first_step:  # an epoch that was stopped after its last batch is saved with the rate of that one
             set_rate(trainer, plan, epoch, (first_step - 1) // args.grad_accum)
+        after_step = partial(save_or_stop, args, saver, stop, epoch, meters)
+        tracer = None
+        if to_trace and len(loader_train):
+            tracer = open_tracer(args, trainer, epoch, first_step, math.ceil(len(loader_train) / args.grad_accum))
+            after_step, to_trace = tracer.before(after_step), 0
+        watched = efficiency.WatchedLoader(loader_train)
         epoch_began = time.time()
-        train_stats = engine.train_one_epoch(
-            trainer,
-            loader_train,
-            epoch,
-            meters=meters,
-            start_step=first_step,
-            print_freq=args.print_freq,
-            seed_step=partial(utils.seed_everything, args.seed, world.rank, epoch),
-            set_rate=partial(set_rate, trainer, plan, epoch),
-            after_step=partial(save_or_stop, args, saver, stop, epoch, meters),
-        )
-        images = len(loader_train) * loader_train.batch_size * world.world_size
-        rate = images / (time.time() - epoch_began)
+        with tracer or nullcontext():
+            train_stats = engine.train_one_epoch(
+                trainer,
+                watched,
+                epoch,
+                meters=meters,
+                start_step=first_step,
+                print_freq=args.print_freq,
+                seed_step=partial(utils.seed_everything, args.seed, world.rank, epoch),
+                set_rate=partial(set_rate, trainer, plan, epoch),
+                after_step=after_step,
+            )
+        seconds = time.time() - epoch_began
+        images = len(loader_train) * loader_train.batch_size
+        speed = {"time/train_images_per_s": images * world.world_size / seconds}
+        if images:  # not after a resume behind the last batch
+            speed |= (used := use.epoch(images, seconds, watched.waited))
+            _logger.info(efficiency.describe(used))
         ema = trainer.ema if args.eval_ema else None
         leave_if_asked = partial(stop_if_asked, args, saver, stop, epoch, meters, steps)
         evaluate = partial(
@@ -107,7 +125,7 @@ def fit(
         line |= {f"test_{name}": value for name, value in test_stats.items()}
         line |= {"epoch": epoch, "n_parameters": reporting.count_parameters(trainer.bare_model)}
         if args.output_dir:
-            record(recorder, world, line, trainer.bare_model, rate)
+            record(recorder, world, line, trainer.bare_model, speed)
         saver.save(epoch, is_best=best)
     if args.output_dir:
         utils.on_rank_zero(world, lambda: recorder.finish())
@@ -150,10 +168,18 @@ def open_recorder(
     effective_batch: int,
     about: list[str],
 ) -> reporting.Recorder:
-    """Rank 0's writer of epochs, with what ``--spectrum-every`` asks for; a run that begins is described first."""
+    """Rank 0's recorder, with what ``--spectrum-every`` and ``--log-wandb`` ask for; a run that begins is described."""
     model = trainer.bare_model
     watch = reporting.watch_spectrum(
         model, args.model, loaders.val.dataset, args.spectrum_every, prepare=loaders.prepare_eval, device=trainer.device
+    )
+    open_wandb = partial(
+        writers.WandbWriter,
+        project=args.wandb_project,
+        tags=args.wandb_tags,
+        resume_id=args.wandb_resume_id,
+        config=vars(args) | {"effective_batch": effective_batch},
+        wait_s=min(60, args.dist_timeout / 2),
     )
     recorder = reporting.Recorder(
         args.output_dir,
@@ -161,6 +187,7 @@ def open_recorder(
         fresh=not start.full,
         watch=watch,
         chosen_by="test_acc1" if loaders.held_out is None else "val_acc1",
+        open_wandb=open_wandb if args.log_wandb else None,
     )
     if recorder.begins:
         data_config = resolve_data_config({}, model=model)
@@ -173,11 +200,19 @@ def open_recorder(
     return recorder
 
 
+def open_tracer(
+    args: argparse.Namespace, trainer: engine.Trainer, epoch: int, first_step: int, steps: int
+) -> tracing.Tracer:
+    """What ``--profile`` asks for, of an epoch with ``steps`` optimizer steps left."""
+    file = Path(args.output_dir) / "profile" / f"epoch-{epoch}-from-step-{first_step}.json.gz"
+    return tracing.Tracer(file, args.profile, steps, trainer.device)
+
+
 def record(
-    recorder: reporting.Recorder | None, world: World, line: dict, model: nn.Module, images_per_second: float
+    recorder: reporting.Recorder | None, world: World, line: dict, model: nn.Module, speed: dict[str, float]
 ) -> None:
     """Lets rank 0, which has the recorder, write an epoch; before its checkpoint: see ``EpochLog``."""
-    utils.on_rank_zero(world, lambda: recorder.epoch(line, model, images_per_second))
+    utils.on_rank_zero(world, lambda: recorder.epoch(line, model, speed))
 
 
 def save_or_stop(

@@ -48,6 +48,7 @@ RANGES = {
     **dict.fromkeys(("batch_size", "grad_accum", "print_freq", "epochs"), Interval(1, 10**6)),
     **dict.fromkeys(("start_epoch", "warmup_epochs", "spectrum_every"), Interval(0, 10**6)),
     **dict.fromkeys(("keep_checkpoints", "skip_bad_images", "checkpoint_steps"), Interval(0, 10**9)),
+    "profile": Interval(0, 1000),
     **dict.fromkeys(("drop", "drop_path", "hflip", "reprob", "mixup_prob", "mixup_switch_prob"), Interval(0, 1)),
     **dict.fromkeys(
         ("distillation_alpha", "model_ema_decay", "momentum", "cutmix_minmax", "opt_betas"), Interval(0, 1)
@@ -528,6 +529,28 @@ def _run(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="every N epochs, log how smooth the features are by layer (spectrum_* in log.txt, TensorBoard); 0: never",
     )
+    group.add(
+        "--log-wandb",
+        action="store_true",
+        help="also log to Weights & Biases, under the name of --output_dir; WANDB_MODE=offline needs no network "
+        "(docs/watch.md)",
+    )
+    group.add("--wandb-project", default=None, metavar="NAME", help="its project; default: that of wandb's settings")
+    group.add("--wandb-tags", default=[], nargs="+", metavar="TAG", help="tags of the run there")
+    group.add(
+        "--wandb-resume-id",
+        default="",
+        metavar="ID",
+        help="go on in this run of W&B; default: that of --output_dir, if it is continued, else a new one",
+    )
+    group.add(
+        "--profile",
+        default=0,
+        type=int,
+        metavar="N",
+        help="trace N steps of the first epoch on rank 0, print the operators that take longest, and write the trace "
+        "to --output_dir/profile/; 0: none",
+    )
 
 
 def _checkpoints(parser: argparse.ArgumentParser) -> None:
@@ -677,6 +700,16 @@ def check_args(args: argparse.Namespace) -> None:
     require(
         not args.spectrum_every or args.output_dir or args.eval or args.throughput,
         f"--spectrum-every {args.spectrum_every} needs --output_dir, where its numbers go",
+    )
+    require(
+        not args.log_wandb or args.output_dir or args.eval or args.throughput,
+        "--log-wandb needs --output_dir: its last part names the run, and W&B's files go there",
+    )
+    of_wandb = [name for name in ("wandb_project", "wandb_tags", "wandb_resume_id") if getattr(args, name)]
+    require(args.log_wandb or not of_wandb, f"{spell(args, *of_wandb)}: no effect without --log-wandb: add it")
+    require(
+        not args.profile or args.output_dir or args.eval or args.throughput,
+        f"--profile {args.profile} needs --output_dir, where its trace goes",
     )
     require(
         not args.eval or args.resume or args.finetune or (args.auto_reload and args.output_dir),

@@ -26,6 +26,7 @@ import utils
 from datasets import DataError, DataOptions
 from options import ArgumentError, get_args_parser, mixup_active, spell
 from oversmoothing.weights import ModelError
+from writers import check_wandb
 
 ANY_CLASSES = 3  # while the data set has not been counted
 OWN_ERRORS = (ArgumentError, DataError, ModelError, utils.SetupError)  # they name the flag already
@@ -61,7 +62,10 @@ def check_flags(args: argparse.Namespace, world_size: int = 1) -> nn.Module:
     Raises:
         ArgumentError: If a flag has no meaning, with its value.
         ModelError: If the model does not exist or cannot be built.
+        SetupError: If ``--log-wandb`` asks for a package that is not installed.
     """
+    if args.log_wandb and not (args.eval or args.throughput):
+        check_wandb()
     with blame(args, *MODEL_FLAGS):
         model = build_on_meta(args)
     check_recipe(args, model, world_size)

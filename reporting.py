@@ -1,4 +1,4 @@
-"""What a run writes for people: the description of its model, ``log.txt`` and the TensorBoard pages."""
+"""What a run writes for people: the description of its model, ``log.txt``, and what ``writers.py`` shows of it."""
 
 import argparse
 import codecs
@@ -20,8 +20,6 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 import checkpoints
 import options
@@ -30,6 +28,7 @@ import utils
 from oversmoothing.analysis import probe
 from oversmoothing.analysis.cost import count_macs
 from utils import SetupError
+from writers import ID_FILE, TensorBoardWriter, Writer
 
 _logger = logging.getLogger(__name__)
 
@@ -188,6 +187,7 @@ def _contact_sheet(pixels: np.ndarray, captions: list[str]) -> np.ndarray:
 # Where and how a run computes, not what: no columns of the page that compares runs.
 _NO_HPARAMS = frozenset({
     *("output_dir", "data_path", "num_workers", "pin_mem", "device", "print_freq", "spectrum_every", "download"),
+    *("log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id", "profile"),
     *("auto_reload", "start_epoch", "keep_checkpoints", "checkpoint_steps", "list_models", "throughput"),
     *("eval", "real_labels", "dist_eval", "shard_eval", "world_size", "dist_url", "dist_timeout", "local_rank"),
 })  # fmt: skip
@@ -244,7 +244,7 @@ OTHER_LINES = "log-other-lines.txt"  # what was in log.txt and is no epoch
 
 
 class Recorder:
-    """``log.txt`` and TensorBoard of one run, written by rank 0 at the end of each epoch.
+    """``log.txt`` and the writers of one run (TensorBoard, W&B), for rank 0 at the end of each epoch.
 
     Args:
         output_dir: Folder of the run; made if needed.
@@ -252,6 +252,7 @@ class Recorder:
         fresh: The run starts anew; files of an earlier run in the same folder are moved into ``earlier-<n>/``.
         watch: What ``--spectrum-every`` adds to the epochs.
         chosen_by: The accuracy that makes an epoch the best so far, as ``log.txt`` calls it.
+        open_wandb: Makes the writer of ``--log-wandb``, given the folder; None: TensorBoard alone.
 
     Attributes:
         begins: No epoch is recorded yet: ``describe`` is to be called, once a run.
@@ -260,7 +261,7 @@ class Recorder:
         SetupError: If a file cannot be written, here and in every method.
     """
 
-    FILES = ["log.txt", OTHER_LINES, "tensorboard"]
+    FILES = ["log.txt", OTHER_LINES, "tensorboard", "wandb", ID_FILE, "profile"]
 
     def __init__(
         self,
@@ -269,6 +270,7 @@ class Recorder:
         fresh: bool,
         watch: SpectrumWatch | None = None,
         chosen_by: str = "test_acc1",
+        open_wandb: Callable[[Path], Writer] | None = None,
     ) -> None:
         self.folder = Path(output_dir)
         self.watch, self.chosen_by = watch, chosen_by
@@ -277,7 +279,8 @@ class Recorder:
             if fresh:
                 self._set_earlier_run_aside()
             self.log = EpochLog(self.folder / "log.txt", start_epoch)
-            done = [line.get(chosen_by) for line in EpochLog.read(self.log.path)]
+            lines = EpochLog.read(self.log.path)
+            done = [line.get(chosen_by) for line in lines]
             self.best_acc1 = max(
                 (value for value in done if type(value) in (int, float) and math.isfinite(value)), default=-math.inf
             )
@@ -285,7 +288,11 @@ class Recorder:
             if self.begins:  # TensorBoard would show the text of an attempt that recorded no epoch beside the new one
                 for file in (self.folder / "tensorboard").glob("events.out.tfevents.*"):
                     file.unlink()
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_epoch)
+            self.writers: list[Writer] = [TensorBoardWriter(self.folder / "tensorboard", start_epoch)]
+            if open_wandb is not None:
+                self.writers.append(open_wandb(self.folder))
+                for line in lines[-1:]:  # a kill costs W&B what it had in memory
+                    self.writers[-1].write(line["epoch"], curves(line), {})
 
     def _set_earlier_run_aside(self) -> None:
         log = self.folder / "log.txt"
@@ -299,10 +306,7 @@ class Recorder:
         )
 
     def describe(self, page: str, charts: dict, hyper_parameters: dict[str, float | str], samples: np.ndarray) -> None:
-        """Writes what stays the same: TensorBoard's text, charts, samples and the run's row of hyper-parameters.
-
-        Not ``SummaryWriter.add_hparams``, which makes a second run of it, in a folder of its own: here the row belongs
-        to the run itself, is there from the first epoch on, and its accuracies are the last values of those curves.
+        """Writes what stays the same: text, charts, samples and hyper-parameters.
 
         Args:
             page: From :func:`run_page`.
@@ -310,49 +314,51 @@ class Recorder:
             hyper_parameters: From :func:`hyper_parameters`.
             samples: From :func:`sample_sheet`.
         """
-        metrics = dict.fromkeys((f"accuracy/best_{self.chosen_by}", "accuracy/test_acc1", "loss/test_loss"))
+        metrics = (f"accuracy/best_{self.chosen_by}", "accuracy/test_acc1", "loss/test_loss")
         with checkpoints.explain_write_errors(self.folder):
-            self.writer.add_text("run", page, 0)
-            self.writer.add_custom_scalars(charts)
-            self.writer.add_image("training_samples", samples, 0, dataformats="HWC")
-            for summary in hparams(hyper_parameters, metrics)[:2]:  # the third says that the run has ended
-                self.writer.file_writer.add_summary(summary)
-            self.writer.flush()
+            for writer in self.writers:
+                writer.describe(page, charts, hyper_parameters, metrics, samples)
 
     def finish(self) -> None:
-        """Marks the run as finished in TensorBoard's page of hyper-parameters; harmless where it goes on after all."""
+        """Marks the run as finished in the writers; harmless where it goes on after all."""
         with checkpoints.explain_write_errors(self.folder):
-            self.writer.file_writer.add_summary(hparams({}, {})[2])
-            self.writer.close()
+            for writer in self.writers:
+                writer.finish()
 
-    def epoch(self, line: dict, model: nn.Module, images_per_second: float) -> None:
-        """Writes an epoch: ``line`` into ``log.txt``; its curves, the rate and every layer's lambda to TensorBoard."""
+    def epoch(self, line: dict, model: nn.Module, speed: dict[str, float]) -> None:
+        """Writes an epoch: ``line`` into ``log.txt``; its curves, ``speed`` and every layer's lambda to the writers.
+
+        ``speed`` are numbers of the clock and the machine. They are not in ``log.txt``, which has the same bits however
+        the run got there.
+        """
         if self.watch is not None:
             line = line | self.watch.report(model, line["epoch"])
         with checkpoints.explain_write_errors(self.folder):
             self.log.append(line)
-            self._write_events(line, model, images_per_second)
+            self.best_acc1 = max(self.best_acc1, line[self.chosen_by])
+            remedies = {
+                name: parameter.detach().float().cpu()
+                for name, parameter in model.named_parameters()
+                if oversmoothing.is_remedy_parameter(name)
+            }
+            scalars = {f"accuracy/best_{self.chosen_by}": self.best_acc1} | curves(line) | speed
+            scalars |= {f"remedy_mean/{name}": statistics.fmean(values.tolist()) for name, values in remedies.items()}
+            histograms = {f"remedy_values/{name}": values for name, values in remedies.items()}
+            for writer in self.writers:
+                writer.write(line["epoch"], scalars, histograms)
 
-    def _write_events(self, line: dict, model: nn.Module, images_per_second: float) -> None:
-        epoch = line["epoch"]
-        self.best_acc1 = max(self.best_acc1, line[self.chosen_by])
-        self.writer.add_scalar(f"accuracy/best_{self.chosen_by}", self.best_acc1, epoch)
-        for name, value in line.items():
-            if name == "train_lr":
-                self.writer.add_scalar("optimization/lr", value, epoch)
-            elif name.startswith(("train_", "val_", "test_")):
-                self.writer.add_scalar(f"{'loss' if 'loss' in name else 'accuracy'}/{name}", value, epoch)
-            elif name in SPECTRUM_CURVES:
-                for layer, at_layer in enumerate(value):
-                    if at_layer is not None:
-                        self.writer.add_scalar(f"{name}/layer_{layer:02d}", at_layer, epoch)
-        self.writer.add_scalar("time/train_images_per_s", images_per_second, epoch)
-        for name, parameter in model.named_parameters():
-            if oversmoothing.is_remedy_parameter(name):
-                values = parameter.detach().float().cpu()
-                self.writer.add_scalar(f"remedy_mean/{name}", statistics.fmean(values.tolist()), epoch)
-                self.writer.add_histogram(f"remedy_values/{name}", values, epoch)
-        self.writer.flush()
+
+def curves(line: dict) -> dict[str, float]:
+    """The numbers of a line of ``log.txt`` that are drawn, by ``group/name``."""
+    found = {}
+    for name, value in line.items():
+        if name == "train_lr":
+            found["optimization/lr"] = value
+        elif name.startswith(("train_", "val_", "test_")):
+            found[f"{'loss' if 'loss' in name else 'accuracy'}/{name}"] = value
+        elif name in SPECTRUM_CURVES:
+            found |= {f"{name}/layer_{layer:02d}": number for layer, number in enumerate(value) if number is not None}
+    return found
 
 
 class EpochLog:

@@ -203,7 +203,7 @@ def test_every_chart_of_the_layout_has_curves(data: Path, tmp_path: Path) -> Non
     assert {name for name, tags in curves.items() if len(tags) == 2} > {"lamb", "lamb1", "lamb2"}
     assert all(curves.values()) and len(curves) == 3 + 3 + 4
     groups = {tag.split("/")[0] for tag in events.Tags()["scalars"] if not tag.startswith("spectrum_")}
-    assert groups == {"accuracy", "loss", "optimization", "remedy_mean", "time"}
+    assert groups == {"accuracy", "loss", "optimization", "remedy_mean", "time", "efficiency"}
 
 
 # ---- log.txt as people and other programs leave it ----
@@ -234,7 +234,7 @@ def test_a_log_keeps_its_epochs_and_sets_the_rest_aside(
     before = spoil([json.dumps(line).encode() for line in good])
     path.write_bytes(b"\n".join([*before, b'{"epoch": 4, "test_a']))  # the last line was cut short by a kill
     recorder = reporting.Recorder(str(tmp_path), start_epoch=4, fresh=False)
-    recorder.writer.close()
+    recorder.finish()
     assert EpochLog.read(path)[:3] == good and recorder.best_acc1 == 20.0
     aside = tmp_path / reporting.OTHER_LINES
     kept = aside.read_bytes().splitlines() if aside.exists() else []
