@@ -16,6 +16,7 @@ from PIL import Image
 from timm.data import resolve_data_config
 from timm.optim import param_groups_layer_decay
 from torch import nn
+from torchvision import transforms
 
 import build
 import datasets
@@ -167,7 +168,8 @@ def augment_once(args: argparse.Namespace, options: DataOptions, data_config: di
             operation(picture)
     result = picture
     for step in build_transform(options, data_config).transforms[1:]:  # the first one crops to --input-size
-        result = step(result)
+        if not isinstance(step, transforms.Resize | transforms.RandomCrop):  # --src: likewise
+            result = step(result)
     if args.fast_loader:
         fastload.build_device_transform(options, data_config)(result[None])
 

@@ -29,7 +29,12 @@ from oversmoothing.weights import read_checkpoint
 from reporting import EpochLog
 from scripts.prepare_digits import prepare_digits
 
-NAMES = ("deit3_small_12", "deit3_base_12", "attnscale_deit3_small_12", "attnscale_deit3_base_12")
+MODELS = {  # by script
+    "deit3_small_12": "deit_small_12",
+    "deit3_base_12": "deit_base_12",
+    "attnscale_deit3_small_12": "attnscale_small_12",
+    "attnscale_deit3_base_12": "attnscale_base_12",
+}
 
 
 def script(name: str) -> Path:
@@ -50,13 +55,13 @@ def parsed(name: str) -> argparse.Namespace:
 
 
 # ---- the recipe ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_script_holds_the_recipe(name: str) -> None:
     args = parsed(name)
     base = "base" in name
     preflight.check_flags(args, world_size=8)
-    assert args.model == name.replace("deit3_", "" if "attnscale" in name else "deit_").replace("deit_deit", "deit")
-    assert args.output_dir == f"./logs/imnet1k_{name}" and (args.epochs, 8 * args.batch_size) == (800, 2048)
+    assert args.model == MODELS[name] and args.output_dir == f"./logs/imnet1k_{name}"
+    assert (args.epochs, 8 * args.batch_size) == (800, 2048)
     assert (args.opt, args.weight_decay, args.clip_grad, args.drop_path) == ("lamb", 0.05, None, 0.2 if base else 0.05)
     assert (args.mixup, args.cutmix, args.smoothing, args.bce_loss) == (0.8, 1.0, 0.0, True)
     assert (args.three_augment, args.color_jitter, args.reprob, args.src) == (True, 0.3, 0.0, False)
@@ -66,7 +71,7 @@ def test_a_script_holds_the_recipe(name: str) -> None:
     assert max(map(plan, range(800))) == plan(6) == pytest.approx(3e-3 if base else 4e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_script_states_what_to_expect_and_asks_for_its_paths(name: str, tmp_path: Path) -> None:
     head = script(name).read_text().split("set -euo pipefail")[0]
     assert f"{83.8 if 'base' in name else 81.4}% top-1, as reported by the paper" in head.replace("\n# ", " ")

@@ -130,6 +130,13 @@ def test_models_as_they_are_pass(name: str) -> None:
     check("--model", name, "--input-size", str(timm.get_pretrained_cfg(name).input_size[-1]), "--epochs", "2")
 
 
+@pytest.mark.parametrize("loader", ["--fast-loader", "--no-fast-loader"])
+@pytest.mark.parametrize("size", ["16", "224"])
+def test_the_augmentations_of_deit_iii_pass_on_both_loaders(loader: str, size: str) -> None:
+    words = ("--input-size", size, "--three-augment", "--src", "--bce-loss", "--smoothing", "0", "--opt", "lamb")
+    check("--model", "attnscale_small_12", *KWARGS, "--epochs", "2", *words, "--unscale-lr", loader)
+
+
 def test_a_class_count_below_the_data_s_is_named(tmp_path: Path) -> None:
     data = tiny_tree(tmp_path, train=3, val=3)
     done = call_main(*TINY, "--data-path", data, "--num-classes", 2, code=2)
