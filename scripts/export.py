@@ -1,4 +1,4 @@
-"""Exports a checkpoint's model, with a JSON file that says what it is and how to preprocess its input.
+"""Exports a checkpoint's model, with a JSON file that says how to build and feed it, and a model card.
 
 python scripts/export.py --checkpoint logs/run/best_checkpoint.pth --output model.onnx [--ema]
 
@@ -40,7 +40,9 @@ from oversmoothing.weights import (
     read_checkpoint,
     trained_with,
 )
+from scripts.model_card import write_card
 
+CARD_NOTE = "<!-- by scripts/export.py, which writes it anew with each export to this name -->"
 DESCRIPTION = {"model", "model_kwargs", "num_classes", "input_size", "weights"}  # keys of every description
 ENDINGS = (".safetensors", ".onnx", ".pt2")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -131,26 +133,54 @@ def compare(model: nn.Module, exported: Callable[[Tensor], Tensor], shape: tuple
 
 
 def check_description(output: Path) -> None:
-    """Refuses an ``--output`` whose ``.json`` is there already and is not the description of an export.
+    """Refuses an ``--output`` whose ``.json`` or ``.md`` is there already and is not that of an export.
 
     Raises:
         ArgumentError: If it is somebody else's file (``package.json`` beside ``package.safetensors``).
     """
-    path = output.with_suffix(".json")
-    if not path.exists():
-        return
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        content = None
-    if not (isinstance(content, dict) and DESCRIPTION <= content.keys()):
-        raise ArgumentError(
-            f"--output {output}: its description would overwrite {path}, which no export has written; give another name"
-        )
+    for path, is_ours in ((output.with_suffix(".json"), _is_description), (output.with_suffix(".md"), _is_card)):
+        try:
+            foreign = path.exists() and not is_ours(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            foreign = True
+        if foreign:
+            raise ArgumentError(
+                f"--output {output}: would overwrite {path}, which no export has written; give another name"
+            )
+
+
+def _is_description(text: str) -> bool:
+    content = json.loads(text)
+    return isinstance(content, dict) and DESCRIPTION <= content.keys()
+
+
+def _is_card(text: str) -> bool:
+    return CARD_NOTE in text
+
+
+def usage(output: Path, about: dict[str, Any]) -> list[str]:
+    """Python that loads the exported file."""
+    prepared = "# images: shape (batch, 3, side, side), as the .json file says"
+    if output.suffix == ".onnx":
+        load = f'session = onnxruntime.InferenceSession("{output.name}")'
+        return ["import onnxruntime", load, prepared, '(logits,) = session.run(["logits"], {"images": images})']
+    if output.suffix == ".pt2":
+        load = f'model = torch.export.load("{output.name}").module()'
+        return ["import torch", load, prepared, "logits = model(images)"]
+    return [
+        "import timm",
+        "import oversmoothing.zoo  # registers its models with timm",
+        "model = timm.create_model(",
+        f'    "{about["model"]}", num_classes={about["num_classes"]}, checkpoint_path="{output.name}",',
+        f"    img_size={about['input_size']}, **{about['model_kwargs']},",
+        ").eval()",
+        prepared,
+        "logits = model(images)",
+    ]
 
 
 def export(args: argparse.Namespace) -> dict[str, Any]:
-    """Writes ``--output`` and its ``.json``, and returns the content of the latter.
+    """Writes ``--output``, its ``.json`` and, where the model is known, its card; returns the content of the second.
 
     Raises:
         ArgumentError: A flag is missing or wrong.
@@ -200,6 +230,21 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
                 about["opset"] = args.opset or OPSET
             about["check"] = write_and_compare(model, about, path)
         path.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
+        if model is not None:
+            write_card(
+                path.with_suffix(".md"),
+                title=output.stem,
+                model=model,
+                checkpoint=checkpoint,
+                source=args.checkpoint,
+                ema=args.ema,
+                usage=usage(output, about),
+                library="timm" if suffix == ".safetensors" else None,
+                images=args.images,
+                figure_name=f"{output.stem}-spectrum.png",
+                input_size=about["input_size"],
+                note=CARD_NOTE,
+            )
         for file in Path(folder).iterdir():
             os.replace(file, output.parent / file.name)
     return about
@@ -241,6 +286,12 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", required=True, type=entry.user_path, help="the file to write: ends in .safetensors, .onnx or .pt2"
     )
+    parser.add_argument(
+        "--images",
+        type=entry.user_path,
+        metavar="DIR",
+        help="measure the card's spectrum on images of this folder; default: as --spectrum-every has logged it",
+    )
     parser.add_argument("--ema", action="store_true", help="export the EMA's weights instead of the model's")
     parser.add_argument(
         "--opset", type=int, choices=OPSETS, help=f"version of ONNX's operators, for older runtimes; left out: {OPSET}"
@@ -269,6 +320,8 @@ def main(arguments: list[str] | None = None) -> None:
             f"checked: logits within {found['max_difference']:.2g} of the model's (largest: "
             f"{found['largest_logit']:.2g}) for batches of {', '.join(map(str, BATCH_SIZES))} images"
         )
+    if about["model"] is not None:
+        print(f"model card: {args.output.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

@@ -3,23 +3,22 @@
     python scripts/push_to_hub.py logs/run owner/name --dry-run logs/card   # writes the files for review
     python scripts/push_to_hub.py logs/run owner/name                       # uploads them (after `hf auth login`)
 
-Uploaded are model.safetensors, config.json and README.md, and nothing else of the run: of its arguments only the
-recipe, no path. ``timm.create_model("hf-hub:owner/name", pretrained=True)`` loads it; before anything is uploaded this
-script does that with its files and compares every weight.
+Uploaded are model.safetensors, config.json, README.md and, where the over-smoothing was measured, its figure, and
+nothing else of the run: of its arguments only the recipe, no path.
+``timm.create_model("hf-hub:owner/name", pretrained=True)`` loads it; before anything is uploaded this script does that
+with its files and compares every weight.
 """
 
 import argparse
 import json
 import os
-import shlex
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, constants, get_token
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HTTPError
 from timm.models import save_for_hf
 from torch import nn
@@ -31,39 +30,9 @@ import entry
 import models
 import options
 import oversmoothing
-from datasets import NOMINAL_CLASSES
+from datasets import DataError
 from oversmoothing.weights import CheckpointError, ModelError, model_from_checkpoint, published_model, read_checkpoint
-from scripts import markdown
-from scripts.plot_log import LogError, read_log
-
-# --data-set -> its name on the Hub where it has one, and in words.
-DATASETS = {
-    "IMNET": ("ILSVRC/imagenet-1k", "ImageNet-1k"),
-    "IMNET100": (None, "ImageNet-100"),
-    "CIFAR": ("uoft-cs/cifar100", "CIFAR-100"),
-    "CIFAR10": ("uoft-cs/cifar10", "CIFAR-10"),
-    "FMNIST": ("zalando-datasets/fashion_mnist", "Fashion-MNIST"),
-    "INAT": (None, "iNaturalist 2018"),
-    "INAT19": (None, "iNaturalist 2019"),
-}
-# Of a run's arguments these alone are published; what is not named here, paths above all, stays at home.
-RECIPE = (
-    *("model", "model_kwargs", "remedy", "input_size", "drop", "drop_path", "model_ema", "model_ema_decay"),
-    *("data_set", "batch_size", "epochs", "grad_accum", "seed", "amp_dtype", "fast_loader"),
-    *("opt", "opt_eps", "opt_betas", "clip_grad", "momentum", "weight_decay"),
-    *("lr", "sched", "sched_on_updates", "warmup_epochs", "warmup_lr", "min_lr", "scale_min_lr"),
-    *("decay_epochs", "decay_rate"),
-    *("color_jitter", "hflip", "aa", "smoothing", "train_interpolation", "repeated_aug"),
-    *("reprob", "remode", "recount", "resplit"),
-    *("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode"),
-    *("distillation_type", "teacher_model", "distillation_alpha", "distillation_tau"),
-)
-CITATION = """@inproceedings{wang2022antioversmoothing,
-  title     = {Anti-Oversmoothing in Deep Vision Transformers via the Fourier Domain Analysis: From Theory to Practice},
-  author    = {Wang, Peihao and Zheng, Wenqing and Chen, Tianlong and Wang, Zhangyang},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2022}
-}"""
+from scripts.model_card import write_card
 
 
 def find_checkpoint(source: str) -> str:
@@ -81,107 +50,9 @@ def find_checkpoint(source: str) -> str:
     raise CheckpointError(f"{source}: holds neither {checkpoints.BEST} nor {checkpoints.CURRENT}: give a run's folder")
 
 
-def recipe(trained: dict[str, Any]) -> dict[str, Any]:
-    """The published part of a run's arguments: `RECIPE`, without text that looks like a path."""
-
-    def is_private(value: Any) -> bool:
-        if isinstance(value, dict):
-            return any(map(is_private, value.values()))
-        if isinstance(value, list):
-            return any(map(is_private, value))
-        return isinstance(value, str) and ("/" in value or "\\" in value)
-
-    return {name: trained[name] for name in RECIPE if name in trained and not is_private(trained[name])}
-
-
-def as_command(chosen: dict[str, Any], processes: int) -> str:
-    """The command of a recipe: what differs from the defaults of main.py."""
-    parser = options.get_args_parser()
-    defaults = vars(parser.parse_args([]))
-    words = ["torchrun", f"--nproc_per_node={processes}", "main.py", "--data-path", "/path/to/data"]
-    for name, value in chosen.items():
-        if value is None or value == defaults[name]:
-            continue
-        if name == "remedy":
-            if value:
-                options_of = [f"{remedy}.{key}={entry}" for remedy, own in value.items() for key, entry in own.items()]
-                words += ["--remedy", *value, "--remedy-kwargs", *options_of]
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        elif isinstance(value, dict):
-            words += [flag, *(f"{key}={entry}" for key, entry in value.items())]
-        else:
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
-
-
-def results(source: str, checkpoint: dict[str, Any], ema: bool) -> list[tuple[str, int, float, float]]:
-    """(weights, epoch, top-1, top-5), from the ``log.txt`` beside the checkpoint; first, if known, of these weights."""
-    file = Path(source).expanduser().with_name("log.txt")
-    try:
-        log = read_log(file) if file.exists() else []
-    except LogError as error:
-        raise CheckpointError(f"{error}; or move it away: the card then names no accuracies") from error
-    if not log:
-        print(f"note: no accuracies in the card: no log.txt beside {source}", file=sys.stderr)
-        return []
-    of = {line["epoch"]: line for line in log}
-    best = max(log, key=lambda line: line.get("test_acc1", -1))
-    this = of.get(checkpoint.get("epoch")) if checkpoint.get("step") == 0 else None
-    average = "test_ema_" if ema else "test_"
-    rows = [
-        ("this file" + (", the EMA" if ema else ""), this, average),
-        ("best epoch", best, "test_"),
-        ("last epoch", log[-1], "test_"),
-        ("last epoch, the EMA", log[-1], "test_ema_"),
-    ]
-    return [
-        (what, line["epoch"], line[f"{prefix}acc1"], line[f"{prefix}acc5"])
-        for what, line, prefix in rows
-        if line is not None and f"{prefix}acc1" in line
-    ]
-
-
-def model_card(
-    repository: str,
-    model: nn.Module,
-    checkpoint: dict[str, Any],
-    rows: list[tuple[str, int, float, float]],
-    licence: str,
-) -> ModelCard:
-    """The README.md of the repository, with the Hub's metadata."""
-    trained = checkpoint.get("args") or {}
-    chosen, name = recipe(trained), model.pretrained_cfg["architecture"]
-    on_hub, dataset = DATASETS.get(trained.get("data_set"), (None, "images of one's own"))
-    if model.num_classes != NOMINAL_CLASSES.get(trained.get("data_set"), model.num_classes):
-        on_hub, dataset = None, f"{model.num_classes} classes of {dataset}"
-    measured = [row for row in rows if row[0].startswith("this file")]
-    data = ModelCardData(
-        license=licence,
-        library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "vision-transformer", "over-smoothing"],
-        datasets=[on_hub] if on_hub else None,
-        model_name=repository.rpartition("/")[2],
-        eval_results=[
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=on_hub or "imagefolder",
-                dataset_name=dataset,
-                metric_type="accuracy",
-                metric_name=f"Top-{k} accuracy in percent",
-                metric_value=round(accuracy, 3),
-            )
-            for _, _, top1, top5 in measured
-            for k, accuracy in ((1, top1), (5, top5))
-        ]
-        or None,
-    )
-    lambdas = sum(p.numel() for n, p in model.named_parameters() if oversmoothing.is_remedy_parameter(n))
-    size = timm.data.resolve_model_data_config(model)["input_size"][-1]
-    ours = name in models.list_models()
+def usage(repository: str, model: nn.Module) -> list[str]:
+    """Python that loads what was published."""
+    ours = model.pretrained_cfg["architecture"] in models.list_models()
     register = ["import models  # the training repository's folder: registers its models with timm"] if ours else []
     if remedies := oversmoothing.remedies_of(model):
         create = [
@@ -190,43 +61,16 @@ def model_card(
         ]
     else:
         create = [f'model = timm.create_model("hf-hub:{repository}", pretrained=True).eval()']
-    usage = [
+    return [
         "import timm",
         *register,
         *create,
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)",
     ]
-    parts = [
-        f"# {data.model_name}",
-        f"`{name}`, {sum(p.numel() for p in model.parameters()):,} parameters ({lambdas:,} of them the remedy's), "
-        f"{model.num_classes} classes, {size} px, trained on {dataset}"
-        + (", from other weights (`--finetune`)." if trained.get("finetune") else "."),
-        "AttnScale and FeatScale counter over-smoothing in deep vision transformers "
-        "([arXiv 2203.05962](https://arxiv.org/abs/2203.05962)).",
-        "## Use",
-        "```python\n" + "\n".join(usage) + "\n```",
-        "## Accuracy",
-    ]
-    if rows:
-        cells = [[what, str(epoch), f"{top1:.2f}", f"{top5:.2f}"] for what, epoch, top1, top5 in rows]
-        table = markdown.table(("weights", "epoch", "top-1, %", "top-5, %"), cells)
-        parts += [table, "The best epoch was chosen on the images that it is measured on."]
-    else:
-        parts.append("Not recorded.")
-    if chosen:
-        processes = int(trained.get("world_size") or 1)
-        everything = json.dumps(chosen | {"processes": processes}, indent=1)
-        parts += [
-            "## Training",
-            f"```bash\n{as_command(chosen, processes)}\n```",
-            f"<details><summary>the whole recipe</summary>\n\n```json\n{everything}\n```\n\n</details>",
-        ]
-    parts += ["## Citation", f"```bibtex\n{CITATION}\n```"]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
 def write_folder(folder: Path, args: argparse.Namespace) -> None:
-    """Writes the three files and reads the model back from them.
+    """Writes the files and reads the model back from them.
 
     Raises:
         CheckpointError: If the run cannot be read.
@@ -249,8 +93,20 @@ def write_folder(folder: Path, args: argparse.Namespace) -> None:
     )
     again = published_model(str(folder)) if remedies else timm.create_model(f"local-dir:{folder}", pretrained=True)
     torch.testing.assert_close(dict(again.state_dict()), dict(model.state_dict()), rtol=0, atol=0, equal_nan=True)
-    rows = results(source, checkpoint, args.ema)
-    model_card(args.repository, model, checkpoint, rows, args.license).save(folder / "README.md")
+    if not Path(source).expanduser().with_name("log.txt").exists():
+        print(f"note: no accuracies by epoch in the card: no log.txt beside {source}", file=sys.stderr)
+    write_card(
+        folder / "README.md",
+        title=args.repository.rpartition("/")[2],
+        model=model,
+        checkpoint=checkpoint,
+        source=source,
+        ema=args.ema,
+        usage=usage(args.repository, model),
+        library="timm",
+        licence=args.license,
+        images=args.images,
+    )
     print(f"taking the {'EMA' if args.ema else 'weights'} of {source}, epoch {checkpoint.get('epoch')}")
 
 
@@ -274,7 +130,7 @@ def upload(folder: Path, repository: str, private: bool) -> str:
             repo_id=repository,
             folder_path=str(folder),
             commit_message=f"Weights of {json.loads((folder / 'config.json').read_text())['architecture']}",
-            ignore_patterns=["README.md"] if kept else None,
+            ignore_patterns=["README.md", "spectrum.png"] if kept else None,
         ).commit_url
     )
 
@@ -287,6 +143,12 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--private", action="store_true", help="make a repository that only its owner sees")
     parser.add_argument(
         "--dry-run", type=entry.user_path, metavar="DIR", help="write the files into a new folder, upload nothing"
+    )
+    parser.add_argument(
+        "--images",
+        type=entry.user_path,
+        metavar="DIR",
+        help="measure the card's spectrum on images of this folder; default: as --spectrum-every has logged it",
     )
     parser.add_argument("--license", default="mit", metavar="NAME", help="of the weights, for the card [%(default)s]")
     parser.add_argument("--model", metavar="NAME", help="where the checkpoint does not say its model")
@@ -311,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_folder(Path(folder), args)
             print(f"uploaded: {upload(Path(folder), args.repository, args.private)}")
-    except (CheckpointError, ModelError) as error:
+    except (CheckpointError, ModelError, DataError) as error:
         parser.error(str(error))
     except (HTTPError, OSError) as error:
         cause = str(error).strip().splitlines()[0][:200]

@@ -86,6 +86,10 @@ NOT_RUN = {
     r"tar -cf|\(cd ": "tests/test_archives.py",
     r"python main\.py .*imagenet\.(tar|zip)": "tests/test_archives.py",
     r"export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1": "tests/test_clusters.py",
+    r"(WANDB_MODE=offline )?python main\.py .*--log-wandb": (
+        "needs a login; offline: tests/test_watch.py::test_a_run_of_wandb_has_the_configuration"
+        "_and_begins_after_the_loaders_processes"
+    ),
     r"sbatch ": "needs Slurm; under an emulated one: tests/test_clusters.py",
     r"python scripts/run_with_submitit\.py": "needs Slurm; with submitit's local executor: tests/test_submitit.py",
     r"python scripts/compare\.py study\.toml --submitit": (

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from runs import ROOT, TINY, call_main, environment, tiny_tree
 from safetensors.torch import load_file, save_file
@@ -107,7 +108,7 @@ def test_the_exported_model_computes_what_the_model_does(
     assert about.get("opset") == opset
     if opset is not None:
         assert [entry.version for entry in onnx.load(output).opset_import if not entry.domain] == [opset]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", output.name, "x.pth"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.md", output.name, "x.pth"]
 
 
 @pytest.mark.parametrize("weights", ["model", "model_ema"])
@@ -125,6 +126,33 @@ def test_exported_weights_rebuild_the_model(weights: str, run: Path, tmp_path: P
         about["model"], num_classes=about["num_classes"], img_size=about["input_size"], **about["model_kwargs"]
     )
     assert load_weights(model, read_checkpoint(output)["model"], source="out.safetensors") == []
+
+
+def test_an_export_has_a_card_of_its_weights_and_leaves_somebody_else_s_alone(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = [
+        "--checkpoint",
+        str(run / "run" / "checkpoint.pth"),
+        "--output",
+        str(tmp_path / "net.safetensors"),
+        "--ema",
+    ]
+    export.main([*words, "--images", str(run / "data")])
+    assert f"model card: {tmp_path / 'net.md'}" in capsys.readouterr().out
+    card = ModelCard.load(tmp_path / "net.md")
+    [logged] = EpochLog.read(run / "run" / "log.txt")
+    assert f"| last epoch | 0 | {logged['test_acc1']:.2f} |" in card.text and card.data.model_name == "net"
+    assert "![similarity of the tokens and high-frequency energy by layer](net-spectrum.png)" in card.text
+    assert (tmp_path / "net-spectrum.png").stat().st_size > 10000 and str(tmp_path) not in card.text
+    code = re.search(r"```python\n(.*?)```", card.text, re.S)[1].replace('"net.saf', f'"{tmp_path}/net.saf')
+    code = code.replace("import oversmoothing.zoo", "import models")  # in the checkout
+    exec(code, {"images": torch.zeros(1, 3, 40, 40)})
+
+    (tmp_path / "net.md").write_text("# my notes\n")
+    with pytest.raises(SystemExit):
+        export.main(words)
+    assert "would overwrite" in capsys.readouterr().err and (tmp_path / "net.md").read_text() == "# my notes\n"
 
 
 def test_an_exported_run_has_the_accuracy_that_the_run_logged(run: Path, tmp_path: Path) -> None:

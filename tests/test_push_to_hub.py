@@ -14,14 +14,16 @@ import timm
 import torch
 from hub_server import LocalHub, serving, use
 from huggingface_hub import ModelCard
-from runs import ROOT, environment
+from PIL import Image
+from runs import ROOT, environment, tiny_tree
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
 import checkpoints
 from options import get_args_parser
+from oversmoothing.analysis.cost import count_macs
 from oversmoothing.weights import load_weights, read_checkpoint
-from scripts import push_to_hub
+from scripts import model_card, push_to_hub
 
 SIZE = dict(patch_size=8, embed_dim=24, depth=2, num_heads=2)
 FLAGS = (
@@ -113,6 +115,40 @@ def test_the_folder_is_the_model_with_its_own_accuracies(
     assert "| last epoch | 2 | 60.00 | 90.60 |" in card.text and "| best epoch | 1 | 70.12 |" in card.text
 
 
+def test_the_card_says_what_the_remedy_learnt_what_it_costs_and_how_smooth_the_layers_are(tmp_path: Path) -> None:
+    source = write_run(tmp_path / "run")
+    log = [json.loads(line) for line in (source / "log.txt").read_text().splitlines()]
+    for line in log[:2]:
+        line |= {"spectrum_hc_dc_mlp": [2.0, None], "spectrum_token_similarity": [0.1, 0.2]}
+        line |= {"val_acc1": 90.0 - line["epoch"], "val_acc5": 95.0}
+    log[2] |= {"val_acc1": 50.0, "val_acc5": 60.0, "spectrum_hc_dc_mlp": [1.0, 1.0]}
+    (source / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in log))
+    push(source, "ann/tiny", "--dry-run", tmp_path / "out")
+    text = ModelCard.load(tmp_path / "out" / "README.md").text
+    weights = read_checkpoint(source / "best_checkpoint.pth")["model"]["blocks.1.lamb2"]
+    row = f"| `blocks.1` | 24 | {weights.mean():.4f} | {weights.min():.4f} | {weights.max():.4f} |"
+    assert row in text and "parameter of featscale, by head or channel" in text
+    model = timm.create_model("featscale_small_12", num_classes=10, img_size=32, **SIZE)
+    macs = count_macs(model, torch.zeros(1, 3, 32, 32))
+    assert f"{macs / 1e9:.3g} GMACs an image" in text
+    assert "| this file | 1 | 89.00 | 95.00 | held out |" in text  # of its own epoch, both splits
+    assert "| best epoch | 0 | 10.00 | 90.10 | test |" in text  # as --val-split chose it
+    assert "![similarity of the tokens and high-frequency energy by layer](spectrum.png)" in text
+    assert Image.open(tmp_path / "out" / "spectrum.png").size[0] > 800
+
+    tiny_tree(tmp_path / "images", train=1, val=3)
+    push(source, "ann/tiny", "--dry-run", tmp_path / "measured", "--images", tmp_path / "images")
+    assert "Of each block's output, on 3 images." in (tmp_path / "measured" / "README.md").read_text()
+
+
+def test_a_card_without_a_log_has_what_the_checkpoint_knows(tmp_path: Path) -> None:
+    source = write_run(tmp_path / "run", max_accuracy={"acc1": 71.5})
+    (source / "log.txt").unlink()
+    push(source, "ann/tiny", "--dry-run", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "Best top-1 of the run up to epoch 1: 71.50 %." in text and "Not measured (`--spectrum-every`" in text
+
+
 def test_nothing_private_is_published_and_the_command_is_the_recipe(run: Path, tmp_path: Path) -> None:
     push(run, "ann/tiny", "--dry-run", tmp_path)
     for path in tmp_path.iterdir():
@@ -122,7 +158,7 @@ def test_nothing_private_is_published_and_the_command_is_the_recipe(run: Path, t
     assert command.startswith("torchrun --nproc_per_node=2 main.py --data-path /path/to/data ")
     again = vars(get_args_parser().parse_args(shlex.split(command)[3:]))
     wanted = vars(get_args_parser().parse_args(FLAGS))
-    assert {name: again[name] for name in push_to_hub.RECIPE} == {name: wanted[name] for name in push_to_hub.RECIPE}
+    assert {name: again[name] for name in model_card.RECIPE} == {name: wanted[name] for name in model_card.RECIPE}
 
 
 def test_a_value_of_the_recipe_that_looks_like_a_path_stays_at_home() -> None:
@@ -133,7 +169,7 @@ def test_a_value_of_the_recipe_that_looks_like_a_path_stays_at_home() -> None:
         "data_path": "x",
         "lr": 1.0,
     }
-    assert push_to_hub.recipe(trained) == {"aa": "rand-m9", "lr": 1.0}
+    assert model_card.recipe(trained) == {"aa": "rand-m9", "lr": 1.0}
 
 
 def test_a_push_is_read_again_from_the_hub_and_keeps_a_readme(

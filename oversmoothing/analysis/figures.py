@@ -278,7 +278,7 @@ def _by_layer(ax: Axes, results: Sequence[Result], quantity: str, title: str, yl
     ax.set_title(title, fontsize=10)
     ax.set_ylabel(ylabel)
     if log:
-        _logarithmic(ax)
+        logarithmic(ax)
     _layer_axis(ax, max(len(result.layers) for result in results))
     if not drawn:
         ax.text(0.5, 0.5, "not defined for these models", transform=ax.transAxes, ha="center", color="0.4")
@@ -304,7 +304,7 @@ def _up_to_one(ax: Axes) -> None:
     ax.set_ylim(min(0, low), 1.02 if high > 0.4 else high)
 
 
-def _logarithmic(ax: Axes) -> None:
+def logarithmic(ax: Axes) -> None:
     """Ticks that read 0.2, 0.3, 0.4 on a narrow range, 0.2, 0.5, 1 on a wider one, powers of ten on a very wide one."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
