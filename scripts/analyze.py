@@ -37,6 +37,7 @@ from options import RANGES, KeyValues
 from oversmoothing import list_remedies
 from oversmoothing.analysis.figures import Picture
 from oversmoothing.analysis.measurement import measure
+from oversmoothing.analysis.quantities import DEFAULT, GROUPS, choose
 from oversmoothing.analysis.report import write_analysis
 from oversmoothing.analysis.results import Result, write_csv
 from oversmoothing.analysis.subject import RANDOM_WEIGHTS, ModelSpec, Subject, build_subject, unique_labels
@@ -155,6 +156,17 @@ def get_parser() -> argparse.ArgumentParser:
         help="block of --image, from 0; negative counts from the last (default: -1)",
     )
 
+    group = parser.add_argument_group("quantities")
+    group.add_argument(
+        "--quantities",
+        nargs="+",
+        choices=[*GROUPS, "all"],
+        default=list(DEFAULT),
+        metavar="NAME",
+        help=f"groups of them, or all (default: {' '.join(DEFAULT)}): "
+        + "; ".join(f"{name}, {group.about}" for name, group in GROUPS.items()),
+    )
+
     group = parser.add_argument_group("run")
     group.add_argument(
         "--output_dir",
@@ -227,7 +239,7 @@ def measure_images(args: argparse.Namespace, subjects: Sequence[Subject], device
                 yield [inputs[view] for view in views]
                 bar.update(len(batch[0]))
 
-    return measure(subjects, batches(), args.tokens == "patches")
+    return measure(subjects, batches(), args.tokens == "patches", args.quantities)
 
 
 def describe_settings(args: argparse.Namespace, device: torch.device, num_images: int) -> dict[str, Any]:
@@ -236,6 +248,7 @@ def describe_settings(args: argparse.Namespace, device: torch.device, num_images
         "images": num_images,
         "data": args.data_path,
         "data_set": args.data_set or "folder of images",
+        "quantities": " ".join(group.name for group in choose(args.quantities)),
         "tokens_in_feature_quantities": args.tokens,
         "image": args.image or "",
         "seed": args.seed,

@@ -6,6 +6,7 @@ from subjects import subject_of
 from oversmoothing.analysis import figures as analysis_figures
 from oversmoothing.analysis import results as analysis_results
 from oversmoothing.analysis.measurement import Measurement
+from oversmoothing.analysis.values import Values
 
 
 def test_figures_cover_every_layer_of_12_and_of_24() -> None:
@@ -28,9 +29,7 @@ def test_figures_cover_every_layer_of_12_and_of_24() -> None:
 
 
 def test_a_wide_spread_does_not_stretch_a_logarithmic_axis() -> None:
-    layers = [
-        {"hc_dc_mlp": analysis_results.Values(torch.tensor(2.0 + index), torch.tensor(50.0), 9)} for index in range(4)
-    ]
+    layers = [{"hc_dc_mlp": Values(torch.tensor(2.0 + index), torch.tensor(50.0), 9)} for index in range(4)]
     result = analysis_results.Result("label", "name", "weights", 1, 32, list("abcd"), layers)
-    low, high = analysis_figures.draw_ratios([result]).axes[2].get_ylim()
+    low, high = analysis_figures.features.draw_ratios([result]).axes[2].get_ylim()
     assert 0.01 < low < 2 and 50 < high < 500

@@ -6,11 +6,12 @@ import math
 import torch
 
 from oversmoothing.analysis import results as analysis_results
+from oversmoothing.analysis.values import RunningMean
 
 
 def test_running_mean_does_not_depend_on_the_batches() -> None:
     values = torch.randn(23, 3, dtype=torch.float64)
-    running = analysis_results.RunningMean()
+    running = RunningMean()
     for batch in values.split(5):
         running.update(batch)
     assert running.count == 23

@@ -16,13 +16,14 @@ from subjects import KWARGS, NUM_IMAGES, SMALL, assert_equal_results, dense_maps
 
 import options
 from datasets import DataOptions, build_transform
-from oversmoothing.analysis import results as analysis_results
 from oversmoothing.analysis import spectrum
 from oversmoothing.analysis.measurement import Measurement
+from oversmoothing.analysis.quantities import DEFAULT, GROUPS
 from oversmoothing.weights import load_weights, read_checkpoint
 from scripts import analysis_images, analyze
 
 ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_QUANTITIES = [name for group in DEFAULT for name in GROUPS[group].quantities]
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_csv_holds_the_same_numbers_as_json(output: Path) -> None:
     rows = read_rows(output / "analysis.csv")
     models = {entry["label"]: entry["layers"] for entry in json.loads((output / "analysis.json").read_text())["models"]}
     assert {row["model"] for row in rows} == set(models) == {"ours", "featscale_small_24"}
-    assert {row["quantity"] for row in rows} == {*analysis_results.QUANTITIES, "lamb", "lamb1", "lamb2"}
+    assert {row["quantity"] for row in rows} == {*DEFAULT_QUANTITIES, "lamb", "lamb1", "lamb2"}
     counted = 0
     for row in rows:
         entry = models[row["model"]][int(row["layer"])][row["quantity"]]

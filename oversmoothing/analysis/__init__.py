@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .measurement import measure
 from .probe import UnsupportedModelError, evaluating, layer_report
+from .quantities import DEFAULT, choose
 from .results import Result
 from .subject import subject_of
 
@@ -37,6 +38,7 @@ def analyze(
     batches: Iterable[Tensor | tuple[Tensor, ...] | list[Tensor]],
     output_dir: str | Path = "analysis",
     *,
+    quantities: Iterable[str] = DEFAULT,
     patches_only: bool = False,
 ) -> Analysis:
     """Runs models over images, one pass, and writes numbers, figures and a page.
@@ -48,14 +50,16 @@ def analyze(
         batches: A data loader: images of shape (B, 3, H, W), transformed, or tuples that begin with them. Memory grows
             with the batch, not with the number of batches.
         output_dir: Where report.html, analysis.csv, analysis.json and the figures are written; made if needed.
+        quantities: Names of the groups that are measured (``quantities.GROUPS``), or ``all``.
         patches_only: Whether class, distillation and register tokens are left out of the feature quantities.
 
     Raises:
         UnsupportedModelError: If a model's attention cannot be recomputed.
-        ValueError: If there are no batches.
+        ValueError: If there are no batches, or no group of a name.
     """
     from .report import write_analysis  # with matplotlib, which measuring does without
 
+    groups = [group.name for group in choose(quantities)]
     models = {type(models).__name__: models} if isinstance(models, nn.Module) else models
     images = (batch if isinstance(batch, Tensor) else batch[0] for batch in batches)
     first = next(images, None)
@@ -68,9 +72,10 @@ def analyze(
             yield [batch.to(next(subject.model.parameters()).device) for subject in subjects]
 
     with evaluating(*models.values()):
-        results = measure(subjects, inputs(), patches_only)
+        results = measure(subjects, inputs(), patches_only, groups)
     settings = {
         "images": results[0].num_images,
+        "quantities": " ".join(groups),
         "tokens_in_feature_quantities": "patches" if patches_only else "all",
         "torch": torch.__version__,
         "timm": timm.__version__,

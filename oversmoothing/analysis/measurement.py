@@ -1,14 +1,15 @@
 """Runs models over images and keeps the running statistics of every quantity in every layer."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from . import probe, spectrum
-from .results import Result, RunningMean, Values
+from . import probe
+from .quantities import DEFAULT, choose
+from .results import Result
 from .subject import Subject
+from .values import RunningMean, Values
 
 
 class Measurement:
@@ -17,47 +18,42 @@ class Measurement:
     Args:
         subject: The model.
         patches_only: Whether class, distillation and register tokens are left out of the feature quantities.
+        quantities: Names of the groups that are measured (``quantities.GROUPS``).
     """
 
-    def __init__(self, subject: Subject, patches_only: bool = False) -> None:
+    def __init__(self, subject: Subject, patches_only: bool = False, quantities: Iterable[str] = DEFAULT) -> None:
         self.subject = subject
-        self.patches_only = patches_only
+        self.groups = [group(subject, patches_only) for group in choose(quantities)]
         self.layers: list[dict[str, RunningMean]] = [{} for _ in subject.layers]
-        self._num_patches = 0
-        self._frequencies: dict[tuple[int, str], list[float]] = {}
-        self._previous: Tensor | None = None
+        self.num_images = 0
 
     def update(self, images: Tensor) -> None:
         """Runs the model on images of shape (B, 3, H, W) and adds what each layer does."""
-        self._num_patches = math.prod(probe.patch_grid(self.subject.model, images))
+        self.num_images += len(images)
+        grid = probe.patch_grid(self.subject.model, images)
+        for group in self.groups:
+            group.begin(images, grid)
         with torch.inference_mode(), probe.visiting(self.subject.model, self._visit):
             self.subject.model(images)
 
     def _visit(self, view: probe.LayerView) -> None:
-        # One layer's maps are alive at a time, and of the layer before only the average over its heads.
-        maps = view.attention_maps()
-        previous = self._previous if view.index > 0 else None
-        statistics = probe.feature_statistics(view, self._num_patches, self.patches_only)
-        statistics |= probe.map_statistics(maps, previous)
-        self._previous = maps.applied.mean(dim=1)
-        self._frequencies[view.index, "spectrum"] = spectrum.frequencies(maps.applied.shape[-1]).tolist()
-        patches = view.patch_tokens(self._num_patches)
-        if patches is not None:
-            grid = round(patches.shape[1] ** 0.5)
-            self._frequencies[view.index, "delta_log_amplitude"] = spectrum.patch_frequencies(grid).tolist()
-        for name, values in statistics.items():
-            self.layers[view.index].setdefault(name, RunningMean()).update(values)
+        for group in self.groups:
+            for name, values in group.measure(view).items():
+                self.layers[view.index].setdefault(name, RunningMean()).update(values)
 
     def results(self) -> list[dict[str, Values]]:
         """For each layer, every quantity and parameter."""
-        layers = []
-        for index, (quantities, layer) in enumerate(zip(self.layers, self.subject.layers, strict=True)):
-            values = {
-                name: Values(running.mean.cpu(), running.std.cpu(), running.count, self._frequencies.get((index, name)))
-                for name, running in quantities.items()
-            }
-            parameters = {name: Values(p.double().cpu()) for name, p in probe.layer_parameters(layer).items()}
-            layers.append(values | parameters)
+        layers: list[dict[str, Values]] = [{} for _ in self.layers]
+        for group in self.groups:
+            finished = group.finish()
+            for index, (layer, quantities) in enumerate(zip(layers, self.layers, strict=True)):
+                for name in filter(group.quantities.__contains__, quantities):
+                    running, frequencies = quantities[name], group.frequencies.get((index, name))
+                    mean, std, is_profile = running.mean.cpu(), running.std.cpu(), name in group.profiles
+                    layer[name] = Values(mean, std, running.count, frequencies, is_profile)
+                layer |= finished[index]
+        for values, layer in zip(layers, self.subject.layers, strict=True):
+            values |= {name: Values(p.double().cpu()) for name, p in probe.layer_parameters(layer).items()}
         return layers
 
     def result(self) -> Result:
@@ -71,20 +67,26 @@ class Measurement:
             subject.input_size,
             [layer.name for layer in subject.layers],
             self.results(),
+            self.num_images,
+            {group.name: group.left_out for group in self.groups if group.left_out},
         )
 
 
 def measure(
-    subjects: Sequence[Subject], batches: Iterable[Sequence[Tensor]], patches_only: bool = False
+    subjects: Sequence[Subject],
+    batches: Iterable[Sequence[Tensor]],
+    patches_only: bool = False,
+    quantities: Iterable[str] = DEFAULT,
 ) -> list[Result]:
     """One pass over the images, through all models.
 
     Args:
         subjects: The models, each in the mode and on the device where it is to be measured.
-        batches: Each holds one input for each model, images of shape (B, 3, H, W).
+        batches: Each holds one input for each model, images of shape (B, 3, H, W); none where no group needs images.
         patches_only: Whether class, distillation and register tokens are left out of the feature quantities.
+        quantities: Names of the groups that are measured (``quantities.GROUPS``), or ``all``.
     """
-    measurements = [Measurement(subject, patches_only) for subject in subjects]
+    measurements = [Measurement(subject, patches_only, quantities) for subject in subjects]
     for batch in batches:
         for measurement, images in zip(measurements, batch, strict=True):
             measurement.update(images)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..attention import AttentionLayer, UnsupportedModelError, attention_layers
+from ..attention import AttentionLayer, Heads, UnsupportedModelError, attention_layers
 from ..remedies import is_remedy_parameter
 from . import spectrum
 
@@ -66,6 +66,8 @@ class LayerView:
         self._stream: Tensor | None = None
         self._output: Tensor | None = None
         self._call: tuple[tuple, dict] = ((), {})
+        self._heads: Heads | None = None
+        self._maps: AttentionMaps | None = None
 
     @property
     def after_attention(self) -> Tensor:
@@ -102,12 +104,19 @@ class LayerView:
             return None
         return self.after_mlp if self.grid is not None else self.after_mlp[:, -num_patches:]
 
+    def heads(self) -> Heads:
+        """Queries, keys and values of this layer, recomputed from its input once."""
+        if self._heads is None:
+            args, kwargs = self._call
+            self._heads = self.layer.kind.split(self.layer.attn, *args, **kwargs)
+        return self._heads
+
     def attention_maps(self) -> AttentionMaps:
-        """The maps of this layer, recomputed from its input."""
-        attn, kind = self.layer.attn, self.layer.kind
-        args, kwargs = self._call
-        heads = kind.split(attn, *args, **kwargs)
-        return AttentionMaps(heads.softmax_maps(), heads.maps(), kind.applied_maps(attn, heads))
+        """The maps of this layer, recomputed from its input once."""
+        if self._maps is None:
+            attn, kind, heads = self.layer.attn, self.layer.kind, self.heads()
+            self._maps = AttentionMaps(heads.softmax_maps(), heads.maps(), kind.applied_maps(attn, heads))
+        return self._maps
 
     def _sequence(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
@@ -185,7 +194,7 @@ def _hook_layer(index: int, layer: AttentionLayer, visit: Callable[[LayerView], 
     def leave_block(block: nn.Module, args: tuple, output: Tensor) -> None:
         view._output = output
         visit(view)
-        view._input = view._branch = view._stream = view._output = None
+        view._input = view._branch = view._stream = view._output = view._heads = view._maps = None
         view._call = (), {}
 
     branch_end = getattr(layer.block, "drop_path1", None) or getattr(layer.block, "drop_path", None) or layer.attn

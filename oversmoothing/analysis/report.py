@@ -93,6 +93,9 @@ def render_report(
     if results:
         parts.append("<h2>Numbers</h2><p>Means over the images; analysis.csv has all, with their spread.</p>")
         parts += [f"<details><summary>{html.escape(r.label)}</summary>{layer_table(r)}</details>" for r in results]
+        left_out = [[result.label, *row] for result in results for row in left_out_rows(result)]
+        if left_out:
+            parts.append("<h2>Left out</h2>" + html_table(["model", "quantities", "blocks", "why"], left_out))
         parts.append("<h2>Quantities</h2>" + html_table(["quantity", "what it is"], quantities_of(results).items()))
     parts.append("<h2>Settings</h2>" + html_table(["setting", "value"], settings.items()))
     return html_page("Attention and over-smoothing, layer by layer", parts)
@@ -112,12 +115,21 @@ def html_picture(picture: Picture, folder: Path) -> str:
     )
 
 
+def left_out_rows(result: Result) -> list[list[str]]:
+    """Group of quantities, blocks, reason: one row for all blocks of a group that share a reason."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for group, blocks in result.left_out.items():
+        for block, reason in blocks.items():
+            rows.setdefault((group, reason), []).append(block)
+    return [[group, ", ".join(blocks), reason] for (group, reason), blocks in rows.items()]
+
+
 def layer_table(result: Result) -> str:
     """One row a layer with every quantity that is a single number there, averaged over heads or channels."""
     names = [
         name
         for name in quantities_of([result])
-        if name not in ("spectrum", "delta_log_amplitude") and any(name in layer for layer in result.layers)
+        if any(name in layer and layer[name].is_table_entry for layer in result.layers)
     ]
     rows = [
         [block, *(f"{layer[name].mean.mean().item():.4g}" if name in layer else "" for name in names)]

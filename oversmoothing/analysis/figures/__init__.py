@@ -1,0 +1,30 @@
+"""The figures of an analysis, in the paper's form where the paper has one."""
+
+from collections.abc import Sequence
+
+from ..results import Result
+from . import features, maps
+from .parameters import parameter_pictures
+from .style import COLOURS, DIVERGING, LAYER_AXIS, SEQUENTIAL, Drawing, Picture, line_style, panels
+
+__all__ = [
+    "COLOURS",
+    "DIVERGING",
+    "DRAWINGS",
+    "LAYER_AXIS",
+    "SEQUENTIAL",
+    "Drawing",
+    "Picture",
+    "draw_all",
+    "line_style",
+    "panels",
+]
+
+# Group of quantities (oversmoothing.analysis.quantities) -> its figures, in the order of the report.
+DRAWINGS: dict[str, tuple[Drawing, ...]] = {"features": features.DRAWINGS, "maps": maps.DRAWINGS}
+
+
+def draw_all(results: Sequence[Result]) -> list[Picture]:
+    """Every figure of the report that has something to show."""
+    first, *rest = ([picture for item in items for picture in item.pictures(results)] for items in DRAWINGS.values())
+    return [*first, *parameter_pictures(results), *(picture for pictures in rest for picture in pictures)]

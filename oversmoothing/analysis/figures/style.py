@@ -1,0 +1,166 @@
+"""What the figures of an analysis share: palette, line styles, axes, and the panels that several of them have."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure  # without pyplot: no display and no global state
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+from ..results import Result
+
+# Okabe and Ito's palette without its yellow, which is too pale for lines: told apart by all kinds of colour vision.
+# Markers and line styles repeat the distinction for grey-scale prints.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"
+LAYER_AXIS = "layer (block index)"
+
+BANDS = (
+    "Lines: means over the images; bands: ± one standard deviation over the images, on logarithmic axes the factor "
+    "1 + std/mean up and down."
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure in the report."""
+
+    file: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How one figure is made of results: all models in it, or one figure a model."""
+
+    name: str  # of its file, without suffix; with ``per_model``, the model's number follows
+    title: str
+    caption: str
+    needs: tuple[str, ...]  # it is drawn where the results have any of these quantities
+    draw: Callable[..., Figure]  # of all results, or with ``per_model`` of one
+    per_model: bool = False
+
+    def pictures(self, results: Sequence[Result]) -> list[Picture]:
+        """What there is to show, with the file names of the report."""
+        if not self.per_model:
+            has_any = any(map(self._is_in, results))
+            return [Picture(f"{self.name}.png", self.title, self.caption, self.draw(results))] if has_any else []
+        return [
+            Picture(f"{self.name}_{index}.png", f"{self.title}: {result.label}", self.caption, self.draw(result))
+            for index, result in enumerate(results)
+            if self._is_in(result)
+        ]
+
+    def _is_in(self, result: Result) -> bool:
+        return any(name in layer for name in self.needs for layer in result.layers)
+
+
+def by_layer(ax: Axes, results: Sequence[Result], quantity: str, title: str, ylabel: str, log: bool = False) -> bool:
+    """One line a model with a band of one standard deviation over the images; whether any model has the quantity."""
+    drawn = False
+    for index, result in enumerate(results):
+        layers, mean, std = result.scalars(quantity)
+        if layers:
+            style = line_style(index)
+            ax.plot(layers, mean, label=result.label, **style)
+            # On a logarithmic axis the same band as a factor: mean - std may be negative and has no place there.
+            low, high = (mean / (1 + std / mean), mean + std) if log else (mean - std, mean + std)
+            ax.fill_between(layers, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            drawn = True
+    ax.set_title(title, fontsize=10)
+    ax.set_ylabel(ylabel)
+    if log:
+        logarithmic(ax)
+    layer_axis(ax, max(len(result.layers) for result in results))
+    if not drawn:
+        ax.text(0.5, 0.5, "not measured, or not defined", transform=ax.transAxes, ha="center", color="0.4")
+    return drawn
+
+
+def by_head(results: Sequence[Result], quantity: str, label: str, log: bool = False) -> Figure:
+    """A map over layers and heads of a quantity that every head has, one panel a model, on one colour scale."""
+    results = [result for result in results if any(quantity in layer for layer in result.layers)]
+    figure, axes = panels(1, len(results), width=3.6, height=4.0)
+    tables = []
+    for result in results:
+        rows = [layer[quantity].mean if quantity in layer else torch.empty(0) for layer in result.layers]
+        table = torch.full((len(rows), max(len(row) for row in rows)), math.nan)
+        for index, row in enumerate(rows):
+            table[index, : len(row)] = row
+        tables.append(table)
+    finite = torch.cat([table[table.isfinite()] for table in tables])
+    if log:
+        scale = LogNorm(finite[finite > 0].min().item(), finite.max().item())
+    else:
+        scale = Normalize(finite.min().item(), finite.max().item())
+    for ax, result, table in zip(axes.flat, results, tables, strict=True):
+        ax.imshow(table.numpy(), aspect="auto", origin="lower", cmap=SEQUENTIAL, norm=scale, interpolation="nearest")
+        ax.set_title(result.label, fontsize=10, wrap=True)
+        ax.set_xlabel("head")
+        ax.set_ylabel(LAYER_AXIS)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    figure.colorbar(ScalarMappable(scale, SEQUENTIAL), ax=axes, label=label)
+    return figure
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Colour, marker and dashes of the line with this number; 28 of them differ."""
+    # Gaps in the lines drawn last show those below: a remedy at lambda = 0 lies exactly on its plain model.
+    line = ("-", "--", ":", "-.")[index % 4]
+    return dict(
+        color=COLOURS[index % len(COLOURS)],
+        marker=MARKERS[index % len(MARKERS)],
+        linestyle=line,
+        markersize=4,
+        linewidth=1.5,
+    )
+
+
+def up_to_one(ax: Axes) -> None:
+    """Shows a similarity from 0 to 1, or, where it stays small, to what there is."""
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(0, low), 1.02 if high > 0.4 else high)
+
+
+def logarithmic(ax: Axes) -> None:
+    """Ticks that read 0.2, 0.3, 0.4 on a narrow range, 0.2, 0.5, 1 on a wider one, powers of ten on a very wide one."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    subs = (1, 1.5, 2, 3, 4, 5, 7) if high < 10 * low else (1, 2, 5) if high < 300 * low else (1,)
+    ax.yaxis.set_major_locator(LogLocator(subs=subs))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def layer_axis(ax: Axes, depth: int) -> None:
+    ax.set_xlabel(LAYER_AXIS)
+    ax.set_xlim(-0.6, depth - 0.4)  # no tick for a layer that is not there
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    ax.grid(alpha=0.3)
+
+
+def shared_legend(
+    figure: Figure, results: Sequence[Result], quantities: Sequence[str] = (), title: str | None = None
+) -> None:
+    handles = [
+        Line2D([], [], label=result.label, **line_style(index))
+        for index, result in enumerate(results)
+        if not quantities or any(name in layer for name in quantities for layer in result.layers)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False, title=title)
+
+
+def panels(rows: int, columns: int, width: float = 4.0, height: float = 3.1, **kwargs: Any) -> tuple[Figure, Any]:
+    """A figure with a grid of panels, each ``width`` x ``height`` inches; its axes as an array (rows, columns)."""
+    figure = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)

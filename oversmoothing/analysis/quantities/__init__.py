@@ -1,0 +1,27 @@
+"""The quantities of an analysis, in groups chosen by name, since some cost more than others. One group a file."""
+
+from collections.abc import Iterable
+
+from .base import Group
+from .features import Features
+from .maps import Maps
+
+__all__ = ["DEFAULT", "GROUPS", "QUANTITIES", "Group", "choose"]
+
+GROUPS: dict[str, type[Group]] = {group.name: group for group in (Features, Maps)}
+DEFAULT = ("features", "maps")
+# Quantity -> what it is, with its unit. The text of the report and of analysis.json.
+QUANTITIES = {name: text for group in GROUPS.values() for name, text in group.quantities.items()}
+
+
+def choose(names: Iterable[str]) -> list[type[Group]]:
+    """The groups of these names, each once, in the order of the report; ``all`` stands for every one.
+
+    Raises:
+        ValueError: If there is no group of a name, or no name.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    unknown = [name for name in names if name not in (*GROUPS, "all")]
+    if unknown or not names:
+        raise ValueError(f"quantities {', '.join(unknown) or '(none)'}: choose of {', '.join(GROUPS)}, or all")
+    return [group for name, group in GROUPS.items() if name in names or "all" in names]
