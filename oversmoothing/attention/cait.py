@@ -40,6 +40,8 @@ class TalkingHeadsHeads(Heads):
 class TalkingHeadsKind(Kind):
     """CaiT's patch self-attention; timm's own class makes its maps, here it is fused like ours."""
 
+    packed = True
+
     def split(self, attn: TalkingHeadAttn, x: Tensor) -> Heads:
         """x: (B, N, C)."""
         dropout = dropout_of(attn)

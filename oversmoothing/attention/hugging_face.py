@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 
 from .heads import Heads
-from .kinds import KINDS, Kind, split_heads
+from .kinds import KINDS, Kind, linear_weights, split_heads
 
 # Attention class -> module of transformers.models
 CLASSES = {
@@ -105,6 +105,10 @@ class HuggingFaceKind(Kind):
     def num_heads(self, attn: nn.Module) -> int:
         """H."""
         return _first(attn, "num_heads", "num_attention_heads")
+
+    def value_weights(self, attn: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """Values have a projection of their own."""
+        return linear_weights(attn.v_proj, self.projection(attn))
 
     def projection(self, attn: nn.Module) -> nn.Module:
         """The output projection."""

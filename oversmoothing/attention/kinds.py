@@ -39,6 +39,7 @@ class Kind:
     channels_last = True  # input and output are (B, ..., C), all axes between being tokens; otherwise (B, C, H, W)
     block_channels_last = True  # the same of the block
     raster = True  # the block's tokens are in the order of the image's rows
+    packed = False  # ``qkv`` makes all queries, then all keys, then all values, each head by head; ``proj`` takes heads
     stream: str | None = None  # the block's module that reads input + branch, where the sum is of other tensors
 
     def objection(self, attn: nn.Module) -> str | None:
@@ -69,6 +70,19 @@ class Kind:
     def projection(self, attn: nn.Module) -> nn.Module:
         """The output projection, which takes (B, ..., H * D)."""
         return attn.proj
+
+    def value_weights(self, attn: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """What makes the values and what takes the heads, where both are linear and nothing stands between them.
+
+        Returns:
+            ``W_V`` (H * D, C) and ``W_O`` (C, H * D), as ``nn.Linear`` holds them, head by head; None where this kind
+            cannot say.
+        """
+        return linear_weights(attn.qkv, self.projection(attn), parts=3) if self.packed else None
+
+    def window_grid(self, attn: nn.Module) -> tuple[int, int] | None:
+        """Rows and columns of a window of neighbours, its tokens row by row; None where a window is something else."""
+        return None
 
     def is_square(self, attn: nn.Module) -> bool:
         """Whether queries and keys are the same tokens, so that maps and values can be combined at will."""
@@ -154,6 +168,17 @@ def packed_heads(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of one projection: (B, ..., C) -> three times (B, H, N, D)."""
     q, k, v = packed_projection(attn, x).flatten(1, -2).chunk(3, dim=-1)
     return split_heads(q, attn.num_heads), split_heads(k, attn.num_heads), split_heads(v, attn.num_heads)
+
+
+def linear_weights(values: nn.Module, projection: nn.Module, parts: int = 1) -> tuple[Tensor, Tensor] | None:
+    """The weights of two linear layers, of the first only the last of ``parts``; None where either is another module.
+
+    Also None where the shapes do not lead from C channels over the heads back to C.
+    """
+    if not isinstance(values, nn.Linear) or not isinstance(projection, nn.Linear):
+        return None
+    v, o = values.weight.detach().chunk(parts)[-1], projection.weight.detach()
+    return (v, o) if v.shape == o.T.shape else None
 
 
 def dropout_of(attn: nn.Module) -> float:

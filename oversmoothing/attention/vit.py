@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from ..fused.folding import FoldedAttention
 from .heads import Heads
-from .kinds import Kind, dropout_of, merge_heads, packed_heads, register_kind, split_heads
+from .kinds import Kind, dropout_of, linear_weights, merge_heads, packed_heads, register_kind, split_heads
 
 
 @register_kind(metaformer.Attention, volo.Attention)
 class PackedKind(Kind):
     """One projection for queries, keys and values, and nothing else; tokens (B, N, C) or (B, H, W, C)."""
+
+    packed = True
 
     def split(self, attn: nn.Module, x: Tensor) -> Heads:
         """x: (B, ..., C)."""
@@ -42,10 +44,16 @@ class GatedKind(Kind):
         y = attn.norm(merge_heads(y))
         return y if attn.gate is None else y * attn.gate(heads.x).sigmoid()
 
+    def value_weights(self, attn: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """None with an inner norm or a gate."""
+        return super().value_weights(attn) if isinstance(attn.norm, nn.Identity) and attn.gate is None else None
+
 
 @register_kind(Attention, FoldedAttention)
 class PlainKind(GatedKind):
     """timm's ``Attention``: ViT, DeiT, DeiT3, SigLIP, CLIP, DINOv2, PiT, CrossViT, NaFlexViT; with q/k norms."""
+
+    packed = True
 
     def split(self, attn: Attention, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Heads:
         """x: (B, N, C); attn_mask: broadcastable to (B, H, N, N), added to the scores or boolean."""
@@ -81,6 +89,13 @@ class RotaryKind(GatedKind):
             k, v = (part.repeat_interleave(attn.num_heads // kv_heads, dim=1) for part in (k, v))
         return Heads(x, q, k, v, attn.scale, attn_mask, is_causal, dropout_of(attn), attn.fused_attn, attn_mask)
 
+    def value_weights(self, attn: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """None also with grouped values, whose heads share weights."""
+        if not isinstance(attn.norm, nn.Identity) or attn.gate is not None:
+            return None
+        separate = attn.qkv is None
+        return linear_weights(attn.v_proj if separate else attn.qkv, attn.proj, parts=1 if separate else 3)
+
 
 def _rotate(attn: nn.Module, x: Tensor, rope: Tensor) -> Tensor:
     prefix, patches = x.split([attn.num_prefix_tokens, x.shape[2] - attn.num_prefix_tokens], dim=2)
@@ -90,6 +105,8 @@ def _rotate(attn: nn.Module, x: Tensor, rope: Tensor) -> Tensor:
 @register_kind(beit.Attention)
 class BeitKind(Kind):
     """BEiT: a position bias of the layer's own, one shared by all layers, or both."""
+
+    packed = True
 
     def split(self, attn: nn.Module, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Heads:
         """x: (B, N, C); shared_rel_pos_bias: (1, H, N, N)."""
@@ -108,6 +125,8 @@ def table_bias(attn: nn.Module) -> Tensor:
 @register_kind(RelPosAttention)
 class RelPosKind(Kind):
     """timm's ViT with relative positions: a bias module of the layer's own, or one bias for all layers."""
+
+    packed = True
 
     def split(self, attn: RelPosAttention, x: Tensor, shared_rel_pos: Tensor | None = None) -> Heads:
         """x: (B, N, C); shared_rel_pos: (1, H, N, N)."""
@@ -148,6 +167,8 @@ class TntKind(Kind):
 class ConvitKind(Kind):
     """ConViT's last layers: plain attention that makes its maps."""
 
+    packed = True
+
     def split(self, attn: nn.Module, x: Tensor) -> Heads:
         """x: (B, N, C)."""
         return Heads(x, *packed_heads(attn, x), attn.scale, dropout=dropout_of(attn))
@@ -175,6 +196,10 @@ class GatedPositionalKind(Kind):
         q, k = (split_heads(part, attn.num_heads) for part in attn.qk(x).chunk(2, dim=-1))
         v = split_heads(attn.v(x), attn.num_heads)
         return GatedPositionalHeads(x, q, k, v, attn.scale, dropout=dropout_of(attn), context=attn)
+
+    def value_weights(self, attn: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """Values have a projection of their own."""
+        return linear_weights(attn.v, attn.proj)
 
 
 class MapKind(Kind):

@@ -49,6 +49,12 @@ def add_window_mask(bias: Tensor, mask: Tensor | None, batch: int) -> Tensor:
 class SwinKind(WindowKind):
     """Swin: a position bias from a table."""
 
+    packed = True
+
+    def window_grid(self, attn: nn.Module) -> tuple[int, int]:
+        """The window's own."""
+        return attn.window_size
+
     def split(self, attn: nn.Module, x: Tensor, mask: Tensor | None = None) -> Heads:
         """x: (B * windows, N, C), the windows of an image one after another; mask: (windows, N, N)."""
         bias = add_window_mask(table_bias(attn), mask, x.shape[0])
@@ -57,6 +63,12 @@ class SwinKind(WindowKind):
 
 class CosineKind(WindowKind):
     """Cosine attention with a learned temperature for each head, at most 100; the maps are made."""
+
+    packed = True
+
+    def window_grid(self, attn: nn.Module) -> tuple[int, int]:
+        """The window's own."""
+        return attn.window_size
 
     def split(self, attn: nn.Module, x: Tensor, mask: Tensor | None = None) -> Heads:
         """x: (B * windows, N, C); mask: (windows, N, N)."""
@@ -149,6 +161,7 @@ class MaxVitMapKind(MapKind, WindowKind):
 class SamKind(Kind):
     """SAM's ViT: decomposed relative positions, in windows or over the whole map."""
 
+    packed = True
     windowed = True
     stream = "norm2"
 
@@ -198,6 +211,7 @@ class HieraKind(Kind):
     The tokens of a unit are not neighbours in the sequence: token ``n`` belongs to unit ``n % units``.
     """
 
+    packed = True
     windowed = True
     raster = False
 
