@@ -8,7 +8,7 @@
 Models are of this zoo or of timm; --resume, --pretrained, --label and --model-kwargs belong to the --model before them.
 Without weights a model is analysed as initialised. Written to --output_dir: report.html (self-contained, with all
 figures), analysis.csv and analysis.json (every number in a figure), the figures as PNG, and for --image token_map.csv
-and .png. docs/analysis.md explains each quantity.
+and .png, with tokens_image and rollout_image where --quantities has these groups. docs/analysis.md explains each.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from datasets import DATA_SETS, build_transform
 from options import RANGES, KeyValues
 from oversmoothing import list_remedies
 from oversmoothing.analysis.figures import Picture
+from oversmoothing.analysis.layer_maps import draw_layer_maps, layer_map_rows, layer_maps
 from oversmoothing.analysis.measurement import measure
 from oversmoothing.analysis.quantities import DEFAULT, GROUPS, choose
 from oversmoothing.analysis.report import write_analysis
@@ -198,7 +199,7 @@ def check_args(args: argparse.Namespace) -> None:
     problems = []
     if not args.models:
         problems.append("--model is missing: name a model of this zoo or of timm")
-    if not args.data_path and not args.image:
+    if not args.data_path and not args.image and any(group.needs_images for group in choose(args.quantities)):
         problems.append("--data-path is missing: give a folder of images (or --image FILE for one image's maps)")
     if args.data_set and not args.data_path:
         problems.append(f"--data-set {args.data_set} needs --data-path, the folder of its files")
@@ -229,7 +230,11 @@ def build_subjects(args: argparse.Namespace, device: torch.device) -> list[Subje
 
 
 def measure_images(args: argparse.Namespace, subjects: Sequence[Subject], device: torch.device) -> list[Result]:
-    """One pass over the chosen images, through all models, with a progress bar."""
+    """One pass over the chosen images, through all models, with a progress bar; without images what needs none."""
+    groups = choose(args.quantities)
+    if not args.data_path or not any(group.needs_images for group in groups):
+        names = [group.name for group in groups if not group.needs_images]
+        return measure(subjects, [], quantities=names) if names else []
     loader, views = build_loader(args, subjects)
 
     def batches() -> Iterator[list[Tensor]]:
@@ -277,8 +282,8 @@ def main(args: argparse.Namespace) -> Path:
             print(f"note: {subject.label} has random weights: give it --resume or --pretrained", file=sys.stderr)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    results = measure_images(args, subjects, device) if args.data_path else []
-    pictures = [draw_image(args, subjects, device, folder)] if args.image else []
+    results = measure_images(args, subjects, device)
+    pictures = draw_image(args, subjects, device, folder) if args.image else []
     settings = describe_settings(args, device, results[0].num_images if results else 0)
     return write_analysis(results, folder, settings, pictures)
 
@@ -301,20 +306,31 @@ def check_input(subject: Subject, device: torch.device) -> None:
         ) from error
 
 
-def draw_image(args: argparse.Namespace, subjects: Sequence[Subject], device: torch.device, folder: Path) -> Picture:
-    """The attention of ``--layer`` over ``--image``, and token_map.csv with its numbers."""
-    picture = load_image(args.image)
+def draw_image(
+    args: argparse.Namespace, subjects: Sequence[Subject], device: torch.device, folder: Path
+) -> list[Picture]:
+    """``--image``: the attention of ``--layer`` over it, what the chosen groups show of it, and CSV of the numbers."""
+    picture, name = load_image(args.image), Path(args.image).name
     transforms = [build_transform(False, options_of(args, subject), subject.data_config) for subject in subjects]
-    maps = [
-        token_map(subject, transform(picture).to(device), args.layer)
-        for subject, transform in zip(subjects, transforms, strict=True)
-    ]
+    inputs = [(subject, t(picture).to(device)) for subject, t in zip(subjects, transforms, strict=True)]
+    pictures = []
+    for group in choose(args.quantities):
+        if not group.image_map:
+            continue
+        layers = [layer_maps(subject, image, group.name) for subject, image in inputs]
+        if any(item.maps for item in layers):
+            file, title = f"{group.name}_image", f"{name}, layer by layer: {group.image_map}"
+            write_csv(folder / f"{file}.csv", layer_map_rows(layers, group.name))
+            caption = "Models that have no such map over the picture are left out."
+            figure = draw_layer_maps(layers, group.image_map)
+            pictures.append(Picture(f"{file}.png", title, caption, figure))
+    maps = [token_map(subject, image, args.layer) for subject, image in inputs]
     write_csv(folder / "token_map.csv", token_map_rows(maps))
     caption = (
         "Averaged over heads and multiplied by the number of tokens N: uniform attention is 1 in the second "
         "column and 0 in the third."
     )
-    return Picture("token_map.png", f"Attention over {Path(args.image).name}", caption, draw_token_maps(maps))
+    return [Picture("token_map.png", f"Attention over {name}", caption, draw_token_maps(maps)), *pictures]
 
 
 def cli() -> int:

@@ -1,5 +1,9 @@
 """Groups of quantities: chosen by name, each with its figures."""
 
+import re
+from pathlib import Path
+
+import architectures
 import pytest
 import torch
 from subjects import subject_of
@@ -7,6 +11,7 @@ from subjects import subject_of
 from oversmoothing.analysis import analyze, figures
 from oversmoothing.analysis.measurement import measure
 from oversmoothing.analysis.quantities import DEFAULT, GROUPS, QUANTITIES, choose
+from oversmoothing.analysis.subject import subject_of as subject_of_model
 
 
 def test_each_group_measures_what_it_says_and_its_figures_need_no_more() -> None:
@@ -32,3 +37,32 @@ def test_groups_are_chosen_by_name() -> None:
 def test_an_unknown_group_is_refused() -> None:
     with pytest.raises(ValueError, match="quantities spektrum: choose of features, maps.*, or all"):
         analyze(subject_of("vit_tiny_patch16_224").model, [torch.zeros(1, 3, 32, 32)], quantities=("maps", "spektrum"))
+
+
+FAMILIES = {  # what is left out of a family, and only that
+    "beit": set(),
+    "hf_dinov2_registers": set(),
+    "siglip": {"sink_first", "sink_first_value", "prefix_norm"},
+    "volo": {"sink_first", "sink_first_value", "prefix_norm"},
+    "swinv2": {"sink_first", "sink_first_value", "prefix_norm", "rollout_entropy", "rollout_high_frequency_response"},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_group_on_families_of_models(name: str) -> None:
+    is_theirs = name in architectures.TRANSFORMERS
+    model = (architectures.build_transformers if is_theirs else architectures.build)(name)
+    (result,) = measure([subject_of_model(model, name, 32)], [[architectures.images(name)]], quantities=["all"])
+    measured = {quantity for layer in result.layers for quantity in layer}
+    assert set(QUANTITIES) - measured == FAMILIES[name] | {"layer_similarity"} - measured
+    for layer in result.layers:
+        assert all(values.mean.isfinite().all() for values in layer.values())
+    missing = FAMILIES[name] - {"prefix_norm"}  # a model without prefix tokens has nothing to leave out
+    assert {group for group in GROUPS if set(GROUPS[group].quantities) & missing} == set(result.left_out)
+
+
+def test_the_page_explains_every_quantity_and_group() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "analysis.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    explained = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert {*QUANTITIES, *GROUPS} <= explained

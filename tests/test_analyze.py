@@ -179,7 +179,7 @@ def test_the_result_does_not_depend_on_the_batch_size(photos: Path) -> None:
 
 
 def test_a_measurement_does_not_grow_with_the_images() -> None:
-    measurement = Measurement(subject_of("vit_tiny_patch16_224"))
+    measurement = Measurement(subject_of("vit_tiny_patch16_224"), quantities=["all"])
 
     def size() -> int:
         running = [running for layer in measurement.layers for running in layer.values()]
@@ -229,6 +229,26 @@ def test_the_report_needs_no_other_file(output: Path) -> None:
     assert all(source.startswith("data:") for source in sources) and len(sources) == len(figures)
     for text in ("ours", "featscale_small_24", "blocks.2", "no curve here has to fall"):
         assert text in page
+
+
+def test_every_group_with_one_picture(photos: Path, attnscale_file: Path, tmp_path: Path) -> None:
+    model = ["--model", "attnscale_small_12", "--resume", attnscale_file]
+    folder = run("--quantities", "all", "--image", photos / "0.png", *model, "--output_dir", tmp_path)
+    # Without --data-path: what needs no images, and the picture.
+    assert {path.name for path in folder.glob("*.png")} == {
+        "eigenvalue_summary.png",
+        "eigenvalues_0.png",
+        "parameters.png",
+        "rollout_image.png",
+        "token_map.png",
+        "tokens_image.png",
+    }
+    for group in ("rollout", "tokens"):
+        rows = read_rows(folder / f"{group}_image.csv")
+        assert len(rows) == 3 * 16 and all(float(row[group]) > 0 for row in rows)
+    rows = read_rows(folder / "analysis.csv")
+    assert len([row for row in rows if row["quantity"] == "vo_real"]) == 3 * 3 * 8
+    assert {row["index"] for row in rows if row["quantity"] == "vo_real"} == set("01234567")
 
 
 def test_token_map_file_has_every_patch(output: Path) -> None:

@@ -48,7 +48,7 @@ def analyze(
     Args:
         models: A model, or several by their labels; each of a kind that ``probe.find_layers`` accepts.
         batches: A data loader: images of shape (B, 3, H, W), transformed, or tuples that begin with them. Memory grows
-            with the batch, not with the number of batches.
+            with the batch, not with the number of batches. Not read where no group needs images (``eigenvalues``).
         output_dir: Where report.html, analysis.csv, analysis.json and the figures are written; made if needed.
         quantities: Names of the groups that are measured (``quantities.GROUPS``), or ``all``.
         patches_only: Whether class, distillation and register tokens are left out of the feature quantities.
@@ -59,23 +59,25 @@ def analyze(
     """
     from .report import write_analysis  # with matplotlib, which measuring does without
 
-    groups = [group.name for group in choose(quantities)]
+    groups = choose(quantities)
     models = {type(models).__name__: models} if isinstance(models, nn.Module) else models
-    images = (batch if isinstance(batch, Tensor) else batch[0] for batch in batches)
+    needs_images = any(group.needs_images for group in groups)
+    images = (batch if isinstance(batch, Tensor) else batch[0] for batch in (batches if needs_images else ()))
     first = next(images, None)
-    if first is None:
+    if first is None and needs_images:
         raise ValueError("no batches to analyse: give images, or a loader of a data set that is not empty")
-    subjects = [subject_of(model, label, first.shape[-1]) for label, model in models.items()]
+    size = None if first is None else first.shape[-1]
+    subjects = [subject_of(model, label, size) for label, model in models.items()]
 
     def inputs() -> Iterator[list[Tensor]]:
-        for batch in chain([first], images):
+        for batch in chain([] if first is None else [first], images):
             yield [batch.to(next(subject.model.parameters()).device) for subject in subjects]
 
     with evaluating(*models.values()):
-        results = measure(subjects, inputs(), patches_only, groups)
+        results = measure(subjects, inputs(), patches_only, [group.name for group in groups])
     settings = {
         "images": results[0].num_images,
-        "quantities": " ".join(groups),
+        "quantities": " ".join(group.name for group in groups),
         "tokens_in_feature_quantities": "patches" if patches_only else "all",
         "torch": torch.__version__,
         "timm": timm.__version__,

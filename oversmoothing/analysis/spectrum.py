@@ -20,13 +20,15 @@ def _float(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _tokens(tokens: Tensor) -> Tensor:
+def as_tokens(tokens: Tensor) -> Tensor:
+    """Features in float32 or float64; ValueError if they are not (B, N, C)."""
     if tokens.dim() != 3:
         raise ValueError(f"tokens must have shape (B, N, C), got {tuple(tokens.shape)}; flatten a feature map first")
     return _float(tokens)
 
 
-def _maps(attn: Tensor) -> Tensor:
+def as_maps(attn: Tensor) -> Tensor:
+    """Maps in float32 or float64; ValueError if they are not (..., N, N)."""
     if attn.dim() < 2 or attn.shape[-1] != attn.shape[-2]:
         raise ValueError(f"attention maps must have shape (..., N, N), got {tuple(attn.shape)}")
     return _float(attn)
@@ -68,7 +70,7 @@ def attention_spectrum(attn: Tensor, published: bool = False) -> Tensor:
 
     Source: arXiv 2203.05962, figure of the spectral response of attention maps.
     """
-    attn = _maps(attn)
+    attn = as_maps(attn)
     n = attn.shape[-1]
     half = torch.linalg.vector_norm(torch.fft.rfft(attn, dim=-2, norm="ortho"), dim=-1)  # bins 0 ... N // 2
     mirror = half[..., 1 : (n + 1) // 2].flip(-1)
@@ -111,7 +113,7 @@ def dc_gain(attn: Tensor) -> Tensor:
     Raises:
         ValueError: If the maps are not square.
     """
-    return _maps(attn).sum(dim=-1).mean(dim=-1)
+    return as_maps(attn).sum(dim=-1).mean(dim=-1)
 
 
 def second_eigenvalue(attn: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ def second_eigenvalue(attn: Tensor) -> Tensor:
 
     Source: arXiv 2203.05962, the theorem that powers of a softmax matrix converge to a low-pass filter.
     """
-    attn = _maps(attn)
+    attn = as_maps(attn)
     if attn.shape[-1] < 2:
         raise ValueError("a second eigenvalue needs maps of at least 2 x 2")
     return torch.linalg.eigvals(attn).abs().topk(2, dim=-1).values[..., 1]
@@ -148,7 +150,7 @@ def attention_entropy(attn: Tensor) -> Tensor:
     Raises:
         ValueError: If the maps are not square or have negative entries.
     """
-    attn = _maps(attn)
+    attn = as_maps(attn)
     if (attn < 0).any():
         raise ValueError("entropy needs non-negative maps: pass the softmax, before AttnScale and head mixing")
     return torch.special.entr(attn).sum(dim=-1).mean(dim=-1)
@@ -172,7 +174,7 @@ def map_similarity(a: Tensor, b: Tensor) -> Tensor:
 
     Source: the re-attention study (DeepViT, arXiv 2103.11886) compares maps across layers so, column by column.
     """
-    a, b = _maps(a), _maps(b)
+    a, b = as_maps(a), as_maps(b)
     if a.shape[-1] != b.shape[-1]:
         raise ValueError(f"maps over {a.shape[-1]} and {b.shape[-1]} tokens cannot be compared")
     return F.cosine_similarity(a.flatten(-2), b.flatten(-2), dim=-1)
@@ -190,7 +192,7 @@ def head_similarity(attn: Tensor) -> Tensor:
     Raises:
         ValueError: If there is only one head, or the maps are not square.
     """
-    attn = _maps(attn)
+    attn = as_maps(attn)
     if attn.shape[1] < 2:
         raise ValueError("the similarity between heads needs at least two heads")
     return token_similarity(attn.flatten(-2))  # each head's map is one vector
@@ -210,7 +212,7 @@ def band_energies(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
     Source: arXiv 2203.05962, definition of DC and HC.
     """
-    tokens = _tokens(tokens)
+    tokens = as_tokens(tokens)
     dc = tokens.mean(dim=1, keepdim=True)
     return tokens.shape[1] * dc.square().sum(dim=(1, 2)), (tokens - dc).square().sum(dim=(1, 2))
 
@@ -250,7 +252,7 @@ def band_gains(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If the shapes differ or are not three-dimensional.
     """
-    before, after = _tokens(before), _tokens(after)
+    before, after = as_tokens(before), as_tokens(after)
     if before.shape != after.shape:
         raise ValueError(f"the sequences must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}")
     dc_before, dc_after = before.mean(dim=1), after.mean(dim=1)
@@ -271,7 +273,7 @@ def token_similarity(tokens: Tensor) -> Tensor:
     Raises:
         ValueError: If ``tokens`` is not three-dimensional or N < 2.
     """
-    unit = F.normalize(_tokens(tokens), dim=-1)
+    unit = F.normalize(as_tokens(tokens), dim=-1)
     n = unit.shape[1]
     if n < 2:
         raise ValueError("the similarity between tokens needs at least two of them")
@@ -297,7 +299,7 @@ def token_similarity_published(tokens: Tensor) -> Tensor:
 
     Source: the answer of the authors of arXiv 2203.05962 on how they drew the similarity figure.
     """
-    unit = F.normalize(_tokens(tokens), dim=-1)
+    unit = F.normalize(as_tokens(tokens), dim=-1)
     return (unit @ unit.transpose(1, 2)).abs().mean(dim=(1, 2))
 
 
@@ -317,7 +319,7 @@ def effective_rank(tokens: Tensor) -> Tensor:
 
     Source: Roy and Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
     """
-    tokens = _tokens(tokens).double()
+    tokens = as_tokens(tokens).double()
     if tokens.shape[2] < tokens.shape[1]:
         tokens = tokens.transpose(1, 2)
     singular = torch.linalg.eigvalsh(tokens @ tokens.transpose(1, 2)).clamp_min(0).sqrt()
@@ -354,7 +356,7 @@ def delta_log_amplitude(patch_tokens: Tensor) -> Tensor:
 
     Source: Park and Kim, "How do vision transformers work?", arXiv 2202.06709, figure of the relative log amplitude.
     """
-    tokens = _tokens(patch_tokens)
+    tokens = as_tokens(patch_tokens)
     b, n, c = tokens.shape
     grid = round(n**0.5)
     if grid * grid != n:

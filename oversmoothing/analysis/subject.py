@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from timm.data import resolve_data_config
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention import AttentionLayer
 from ..convert import remedy_options
@@ -40,6 +40,11 @@ class Subject:
     data_config: dict[str, Any]
     input_size: int
     layers: list[AttentionLayer]
+
+    def as_picture(self, image: Tensor) -> Tensor:
+        """A transformed image (3, H, W) as it looks, (H, W, 3) in [0, 1], on the CPU."""
+        mean, std = (torch.tensor(self.data_config[name])[:, None, None] for name in ("mean", "std"))
+        return (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0)
 
 
 def build_subject(
@@ -77,17 +82,18 @@ def build_subject(
     return Subject(label, spec.name, weights, model.to(device).eval(), config, size, probe.find_layers(model))
 
 
-def subject_of(model: nn.Module, label: str, input_size: int) -> Subject:
+def subject_of(model: nn.Module, label: str, input_size: int | None = None) -> Subject:
     """A model that is at hand, as it is: its mode and device are left alone.
 
     Args:
         model: Any model :func:`probe.find_layers` accepts.
         label: Its name in the figures.
-        input_size: Side of the images in pixels.
+        input_size: Side of the images in pixels; None: the model's own.
     """
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
     config = resolve_data_config({}, model=model, verbose=False)
-    return Subject(label, name, "as given", model, config, input_size, probe.find_layers(model))
+    size = input_size or config["input_size"][-1]
+    return Subject(label, name, "as given", model, config, size, probe.find_layers(model))
 
 
 def unique_labels(specs: Sequence[ModelSpec]) -> list[str]:

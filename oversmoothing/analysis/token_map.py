@@ -64,13 +64,11 @@ def token_map(subject: Subject, image: Tensor, layer: int) -> TokenMap:
         row = mean[0] if n > num_patches else mean.mean(dim=0)
         return n * row[-num_patches:].reshape(rows_columns).cpu()
 
-    config = subject.data_config
-    picture = image.cpu() * torch.tensor(config["std"])[:, None, None] + torch.tensor(config["mean"])[:, None, None]
     has_attnscale = "lamb" in probe.layer_parameters(subject.layers[layer])
     return TokenMap(
         subject.label,
         subject.layers[layer].name,
-        picture.clamp(0, 1).permute(1, 2, 0),
+        subject.as_picture(image),
         "class token" if n > num_patches else "mean over all queries",
         over_picture(maps.mixed),
         over_picture(maps.mixed - 1 / n),

@@ -35,7 +35,7 @@ class RunningMean:
 class Values:
     """A quantity in one layer: mean and standard deviation over ``count`` images (Swin's maps: windows)."""
 
-    mean: Tensor  # (), (num_heads,), (bins,), (channels,) or (num_heads, bins); or a profile's axis instead of bins
+    mean: Tensor  # (), (num_heads,), (bins,), (channels,) or (num_heads, bins); of profiles also (rows, columns)
     std: Tensor | None = None  # parameters have none
     count: int | None = None
     frequencies: list[float] | None = None  # of the bins, in units of pi rad per token or patch

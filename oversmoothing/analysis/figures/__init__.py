@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..results import Result
-from . import features, maps
+from . import distance, eigenvalues, features, maps, rollout, sinks, tokens
 from .parameters import parameter_pictures
 from .style import COLOURS, DIVERGING, LAYER_AXIS, SEQUENTIAL, Drawing, Picture, line_style, panels
 
@@ -21,7 +21,15 @@ __all__ = [
 ]
 
 # Group of quantities (oversmoothing.analysis.quantities) -> its figures, in the order of the report.
-DRAWINGS: dict[str, tuple[Drawing, ...]] = {"features": features.DRAWINGS, "maps": maps.DRAWINGS}
+DRAWINGS: dict[str, tuple[Drawing, ...]] = {
+    "features": features.DRAWINGS,
+    "maps": maps.DRAWINGS,
+    "tokens": tokens.DRAWINGS,
+    "sinks": sinks.DRAWINGS,
+    "distance": distance.DRAWINGS,
+    "rollout": rollout.DRAWINGS,
+    "eigenvalues": eigenvalues.DRAWINGS,
+}
 
 
 def draw_all(results: Sequence[Result]) -> list[Picture]:

@@ -1,12 +1,11 @@
 """Figures of the attention maps: spectral response, entropy, heads."""
 
-import math
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
 from ..results import Result
-from .style import BANDS, COLOURS, Drawing, by_head, by_layer, panels, shared_legend
+from .style import BANDS, COLOURS, Drawing, by_head, by_layer, layer_panels, panels, shared_legend
 
 
 def draw_attention(results: Sequence[Result]) -> Figure:
@@ -32,29 +31,19 @@ def draw_heads(results: Sequence[Result]) -> Figure:
 
 def draw_spectra(result: Result) -> Figure:
     """The spectral response of every layer of a model, one panel a layer, one line a head."""
-    depth = len(result.layers)
-    columns = 6 if depth > 12 else 4
-    columns = min(columns, depth)
-    rows = math.ceil(depth / columns)
-    figure, axes = panels(rows, columns, width=2.5, height=2.0, sharex=True, sharey=True)
-    for index, ax in enumerate(axes.flat):
-        if index >= depth:
-            ax.set_visible(False)
-            continue
+    figure, axes = layer_panels(result, sharex=True, sharey=True)
+    for index, ax in enumerate(axes):
         heads, bins = result.layers[index]["spectrum"].mean, result.layers[index]["spectrum"].frequencies
         for head, response in enumerate(heads):
             ax.plot(bins, response, color=COLOURS[5], linewidth=0.7, alpha=0.8, label="one head" if head == 0 else None)
         ax.plot(bins, heads.mean(dim=0), color=COLOURS[1], linewidth=1.4, label="mean of the heads")
         ax.set_yscale("log")
-        ax.set_title(result.layer_names[index], fontsize=8)
         ax.set_xticks([-1, 0, 1], ["-π", "0", "π"])
         ax.grid(alpha=0.3)
-        if index + columns >= depth:  # panels with none below them
-            ax.tick_params(labelbottom=True)
     figure.supxlabel("frequency along the token axis (rad per token)", fontsize=10)
     figure.supylabel("spectral response (gain)", fontsize=10)
     figure.suptitle(result.label, fontsize=11)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
+    handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     return figure
 

@@ -1,7 +1,7 @@
 """What the figures of an analysis share: palette, line styles, axes, and the panels that several of them have."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure  # without pyplot: no display and no global state
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from torch import Tensor
 
 from ..results import Result
 
@@ -46,19 +47,18 @@ class Drawing:
     title: str
     caption: str
     needs: tuple[str, ...]  # it is drawn where the results have any of these quantities
-    draw: Callable[..., Figure]  # of all results, or with ``per_model`` of one
+    draw: Callable[..., Figure | None]  # of all results, or with ``per_model`` of one; None: nothing to show
     per_model: bool = False
 
     def pictures(self, results: Sequence[Result]) -> list[Picture]:
         """What there is to show, with the file names of the report."""
-        if not self.per_model:
-            has_any = any(map(self._is_in, results))
-            return [Picture(f"{self.name}.png", self.title, self.caption, self.draw(results))] if has_any else []
-        return [
-            Picture(f"{self.name}_{index}.png", f"{self.title}: {result.label}", self.caption, self.draw(result))
-            for index, result in enumerate(results)
-            if self._is_in(result)
-        ]
+        if self.per_model:
+            parts = [(f"{self.name}_{i}.png", f"{self.title}: {r.label}", r) for i, r in enumerate(results)]
+            parts = [part for part in parts if self._is_in(part[-1])]
+        else:
+            parts = [(f"{self.name}.png", self.title, results)] if any(map(self._is_in, results)) else []
+        figures = [(file, title, self.draw(shown)) for file, title, shown in parts]
+        return [Picture(file, title, self.caption, figure) for file, title, figure in figures if figure is not None]
 
     def _is_in(self, result: Result) -> bool:
         return any(name in layer for name in self.needs for layer in result.layers)
@@ -113,6 +113,39 @@ def by_head(results: Sequence[Result], quantity: str, label: str, log: bool = Fa
     return figure
 
 
+def layer_panels(result: Result, width: float = 2.5, height: float = 2.0, **kwargs: Any) -> tuple[Figure, list[Axes]]:
+    """One panel a layer with the block's name above it, four or six a row; the figure and the panels in order."""
+    depth = len(result.layers)
+    columns = min(6 if depth > 12 else 4, depth)
+    figure, axes = panels(math.ceil(depth / columns), columns, width, height, **kwargs)
+    for index, ax in enumerate(axes.flat):
+        if index >= depth:
+            ax.set_visible(False)
+            continue
+        ax.set_title(result.layer_names[index], fontsize=8)
+        if index + columns >= depth:  # panels with none below them
+            ax.tick_params(labelbottom=True)
+    return figure, list(axes.flat)[:depth]
+
+
+def patch_panels(result: Result, values: Mapping[int, Tensor], label: str) -> Figure:
+    """A map over the grid of patches, (rows, columns), for each layer that has one, on one colour scale from zero."""
+    figure, axes = layer_panels(result, width=2.1, height=2.0)
+    scale = Normalize(0, max(value.max().item() for value in values.values()))
+    for index, ax in enumerate(axes):
+        ax.set_xticks([])
+        ax.set_yticks([])
+        if index not in values:
+            ax.text(0.5, 0.5, "left out", transform=ax.transAxes, ha="center", color="0.4")
+            continue
+        ax.imshow(values[index].numpy(), cmap=SEQUENTIAL, norm=scale, interpolation="nearest")
+    figure.supxlabel("columns of patches", fontsize=9)
+    figure.supylabel("rows of patches", fontsize=9)
+    figure.suptitle(result.label, fontsize=11)
+    figure.colorbar(ScalarMappable(scale, SEQUENTIAL), ax=axes, label=label, shrink=0.8)
+    return figure
+
+
 def line_style(index: int) -> dict[str, Any]:
     """Colour, marker and dashes of the line with this number; 28 of them differ."""
     # Gaps in the lines drawn last show those below: a remedy at lambda = 0 lies exactly on its plain model.
@@ -130,6 +163,12 @@ def up_to_one(ax: Axes) -> None:
     """Shows a similarity from 0 to 1, or, where it stays small, to what there is."""
     low, high = ax.get_ylim()
     ax.set_ylim(min(0, low), 1.02 if high > 0.4 else high)
+
+
+def from_zero(ax: Axes) -> None:
+    """Shows a quantity from 0 to a little above what there is, and at least to a little above 0."""
+    _, high = ax.get_ylim()
+    ax.set_ylim(0, 1.08 * high if high > 0 else 1)
 
 
 def logarithmic(ax: Axes) -> None:

@@ -3,12 +3,19 @@
 from collections.abc import Iterable
 
 from .base import Group
+from .distance import Distance
+from .eigenvalues import Eigenvalues
 from .features import Features
 from .maps import Maps
+from .rollout import Rollout
+from .sinks import Sinks
+from .tokens import Tokens
 
 __all__ = ["DEFAULT", "GROUPS", "QUANTITIES", "Group", "choose"]
 
-GROUPS: dict[str, type[Group]] = {group.name: group for group in (Features, Maps)}
+GROUPS: dict[str, type[Group]] = {
+    group.name: group for group in (Features, Maps, Tokens, Sinks, Distance, Rollout, Eigenvalues)
+}
 DEFAULT = ("features", "maps")
 # Quantity -> what it is, with its unit. The text of the report and of analysis.json.
 QUANTITIES = {name: text for group in GROUPS.values() for name, text in group.quantities.items()}

@@ -1,13 +1,22 @@
 """What a group of quantities is: measured together on one model, layer by layer, chosen by name."""
 
+import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
 from ..probe import LayerView
 from ..subject import Subject
 from ..values import Values
+
+
+class PatchLayout(NamedTuple):
+    """Where the tokens of a layer's maps lie: ``prefix`` tokens first, then the patches of a grid, row by row."""
+
+    grid: tuple[int, int]  # rows and columns, of the whole image or of one window
+    prefix: int
+    is_window: bool
 
 
 class Group:
@@ -30,6 +39,7 @@ class Group:
     quantities: ClassVar[Mapping[str, str]]  # name -> what it is, with its unit
     profiles: ClassVar[frozenset[str]] = frozenset()  # whose last axis is neither heads, channels nor frequencies
     needs_images: ClassVar[bool] = True
+    image_map: ClassVar[str] = ""  # what ``over_image`` shows, with its unit; empty where there is no such thing
 
     def __init__(self, subject: Subject, patches_only: bool = False) -> None:
         self.subject = subject
@@ -45,6 +55,26 @@ class Group:
     def measure(self, view: LayerView) -> dict[str, Tensor]:
         """As a layer ends: quantities of shape (B, ...), one value or array per image, on Swin's maps per window."""
         return {}
+
+    def over_image(self, view: LayerView) -> Tensor | None:
+        """As a layer ends in a pass of one image: a map over its grid, (rows, columns); None where it has none."""
+        return None
+
+    def grid_of(self, view: LayerView) -> tuple[int, int]:
+        """Rows and columns of patches at this layer: its own where it puts out a map, else the model's."""
+        return view.grid or self.grid
+
+    def patch_layout(self, view: LayerView) -> PatchLayout | None:
+        """Where the tokens of the layer's maps lie on the image; None where that is unknown."""
+        kind, n = view.layer.kind, view.heads().k.shape[-2]
+        if not kind.raster:
+            return None
+        if kind.windowed and (window := kind.window_grid(view.layer.attn)) is not None:
+            return PatchLayout(tuple(window), 0, True) if math.prod(window) == n else None
+        grid = self.grid_of(view)
+        prefix = n - math.prod(grid)
+        is_whole = prefix == 0 if view.grid is not None or kind.windowed else prefix >= 0
+        return PatchLayout(grid, prefix, False) if is_whole else None
 
     def finish(self) -> list[dict[str, Values]]:
         """After the last image, for each layer: quantities that are no means over images, such as those of weights."""

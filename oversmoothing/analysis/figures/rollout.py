@@ -1,0 +1,39 @@
+"""Figure of the attention rollout."""
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from ..results import Result
+from .style import BANDS, Drawing, by_layer, panels, shared_legend
+
+
+def draw_rollout(results: Sequence[Result]) -> Figure:
+    """How spread the rollout is over the patches, and how much the tokens' mixtures differ."""
+    figure, axes = panels(1, 2)
+    left, right = axes.flat
+    by_layer(left, results, "rollout_entropy", "spread over the patches", "entropy (nats)")
+    by_layer(
+        right,
+        results,
+        "rollout_high_frequency_response",
+        "how much tokens differ in it",
+        "response, ≠ 0 (gain)",
+        log=True,
+    )
+    shared_legend(figure, results)
+    return figure
+
+
+DRAWINGS = (
+    Drawing(
+        "rollout",
+        "Attention rollout",
+        "The product of (A + I) / 2 from the first to each layer, heads averaged. Left: entropy over the patches of "
+        "the class token's row, or of the mean row; the logarithm of the number of patches when uniform. Right: "
+        "towards 0 all tokens are made of the same mixture. The identity stands for the residual branch; MLPs and "
+        f"the size of the branches do not enter, so it says what attention allows, not what the features do. {BANDS}",
+        ("rollout_entropy", "rollout_high_frequency_response"),
+        draw_rollout,
+    ),
+)

@@ -1,0 +1,94 @@
+"""One image, layer by layer: what a group of quantities shows over its grid of patches."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from . import probe
+from .figures import SEQUENTIAL, panels
+from .quantities import GROUPS
+from .subject import Subject
+
+MOST_LAYERS = 12  # in one figure
+
+
+@dataclass(frozen=True)
+class LayerMaps:
+    """The maps of one model over one picture."""
+
+    label: str
+    picture: Tensor  # (H, W, 3) in [0, 1], as the model sees it
+    maps: dict[str, Tensor]  # block -> (rows, columns); blocks that have none are not there
+
+
+def layer_maps(subject: Subject, image: Tensor, group: str) -> LayerMaps:
+    """The maps of a group that has ``image_map``, in one pass of one image.
+
+    Args:
+        subject: The model.
+        image: Shape (3, H, W), transformed, on the model's device.
+        group: Name of the group.
+    """
+    instrument = GROUPS[group](subject)
+    instrument.begin(image[None], probe.patch_grid(subject.model, image[None]))
+    found: dict[str, Tensor] = {}
+
+    def visit(view: probe.LayerView) -> None:
+        values = instrument.over_image(view)
+        if values is not None:
+            found[view.layer.name] = values.float().cpu()
+
+    with torch.inference_mode(), probe.visiting(subject.model, visit):
+        subject.model(image[None])
+    return LayerMaps(subject.label, subject.as_picture(image), found)
+
+
+def draw_layer_maps(items: Sequence[LayerMaps], label: str) -> Figure:
+    """Per model the picture and up to 12 layers, evenly spaced with the first and the last, on one colour scale.
+
+    Args:
+        items: The models; those without any map are left out.
+        label: What the colours mean.
+    """
+    items = [item for item in items if item.maps]
+    chosen = [_spaced(list(item.maps)) for item in items]
+    columns = min(7, 1 + max(map(len, chosen)))
+    rows = [-(-len(blocks) // (columns - 1)) for blocks in chosen]
+    figure, axes = panels(sum(rows), columns, width=1.6, height=1.75)
+    for ax in axes.flat:
+        ax.axis("off")
+    top = 0
+    for item, blocks, count in zip(items, chosen, rows, strict=True):
+        axes[top, 0].imshow(item.picture.numpy())
+        axes[top, 0].set_title(item.label, fontsize=9, wrap=True)
+        values = [item.maps[block] for block in blocks]
+        scale = Normalize(min(v.min().item() for v in values), max(v.max().item() for v in values))
+        for index, (block, value) in enumerate(zip(blocks, values, strict=True)):
+            ax = axes[top + index // (columns - 1), 1 + index % (columns - 1)]
+            ax.imshow(value.numpy(), cmap=SEQUENTIAL, norm=scale, interpolation="nearest")
+            ax.set_title(block, fontsize=8)
+        figure.colorbar(ScalarMappable(scale, SEQUENTIAL), ax=axes[top : top + count], label=label, shrink=0.9)
+        top += count
+    return figure
+
+
+def _spaced(blocks: list[str]) -> list[str]:
+    if len(blocks) <= MOST_LAYERS:
+        return blocks
+    return [blocks[round(index * (len(blocks) - 1) / (MOST_LAYERS - 1))] for index in range(MOST_LAYERS)]
+
+
+def layer_map_rows(items: Sequence[LayerMaps], group: str) -> Iterable[dict[str, Any]]:
+    """Every number of the maps, those of layers that the figure has no room for included."""
+    for item in items:
+        for block, values in item.maps.items():
+            for row, numbers in enumerate(values.tolist()):
+                for column, value in enumerate(numbers):
+                    head = {"model": item.label, "block": block, "row": row, "column": column}
+                    yield head | {group: f"{value:.8g}"}
