@@ -55,6 +55,7 @@ SPECTRUM_CURVES = (
     "spectrum_hc_dc_residual",
     "spectrum_hc_dc_mlp",
     "spectrum_token_similarity",
+    "spectrum_effective_rank",
 )
 
 

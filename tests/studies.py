@@ -41,6 +41,7 @@ def write_run(folder: Path, run: Run, accuracy: float, epochs: int | None = None
         line = {"train_loss": 2 - done, "test_loss": 3 - done - accuracy / 100, "test_acc1": accuracy * done}
         line |= {"test_acc5": 100.0, "epoch": epoch, "n_parameters": 1000}
         line |= {"spectrum_token_similarity": [0.1, 0.2 + accuracy / 1000, 0.9], "spectrum_hc_dc_mlp": [3.0, 2.0, None]}
+        line |= {"spectrum_effective_rank": [9.0, 8.0, 7.0]}
         line |= {"spectrum_lamb": [0.1, 0.2, 0.3]} if "attnscale" in run.args.model else {}
         lines.append(json.dumps(line) + "\n")
     (path / "log.txt").write_text("".join(lines))

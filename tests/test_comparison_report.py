@@ -59,7 +59,7 @@ def test_a_study_becomes_tables_and_a_page_that_needs_no_other_file(data: Path, 
     epochs = pd.read_csv(tmp_path / "results.csv")
     assert len(epochs) == 3 * 3 * (2 + 3) and {"setting", "arm", "seed", "epoch", "test_acc1"} <= set(epochs.columns)
     layers = pd.read_csv(tmp_path / "layers.csv")
-    assert set(layers["quantity"]) == {"token_similarity", "hc_dc_mlp", "lamb"}
+    assert set(layers["quantity"]) == {"token_similarity", "hc_dc_mlp", "effective_rank", "lamb"}
     rows = pd.read_csv(tmp_path / "comparison.csv").set_index(["setting", "quantity", "arm"])
     assert rows.loc[("long", "test_acc1", "attnscale"), "difference_mean"] == pytest.approx(4 / 3)
     # Of the block before the last, which three layers have at index 1.

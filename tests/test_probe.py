@@ -169,7 +169,8 @@ def test_layer_report_has_one_number_a_layer_and_puts_the_modes_back() -> None:
         model.blocks[2].attn.lamb.copy_(torch.tensor([0.0, 0.3, 0.6]))
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     report = probe.layer_report(model, images)
-    assert set(report) == {"hc_dc_attention", "hc_dc_residual", "hc_dc_mlp", "token_similarity", "lamb"}
+    features = {"hc_dc_attention", "hc_dc_residual", "hc_dc_mlp", "token_similarity", "effective_rank"}
+    assert set(report) == {*features, "lamb"}
     assert all(len(values) == 3 for values in report.values())
     assert report["lamb"] == pytest.approx([0, 0, 0.3])
     assert [block.training for block in model.blocks] == [True, False, True] and model.training
@@ -177,6 +178,15 @@ def test_layer_report_has_one_number_a_layer_and_puts_the_modes_back() -> None:
     features = model.eval().forward_intermediates(images, return_prefix_tokens=True, output_fmt="NLC")[1]
     last = torch.cat([features[-1][1], features[-1][0]], dim=1)
     assert report["hc_dc_mlp"][-1] == pytest.approx(spectrum.high_frequency_ratio(last).mean().item(), rel=1e-4)
+    assert report["effective_rank"][-1] == pytest.approx(spectrum.effective_rank(last).mean().item(), rel=1e-4)
+
+
+def test_layer_report_of_a_model_that_has_diverged_is_not_a_number() -> None:
+    model = small_model("deit_small_12")
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.bias.fill_(float("inf"))
+    ranks = probe.layer_report(model, torch.randn(2, 3, 32, 32))["effective_rank"]
+    assert ranks[0] > 1 and ranks[1] != ranks[1]
 
 
 def test_layer_report_reads_both_weights_of_featscale() -> None:

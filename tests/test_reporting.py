@@ -25,7 +25,7 @@ from options import ArgumentError, check_args, get_args_parser
 from oversmoothing.weights import read_checkpoint
 from reporting import EpochLog
 
-FEATURES = ("hc_dc_attention", "hc_dc_residual", "hc_dc_mlp", "token_similarity")
+FEATURES = ("hc_dc_attention", "hc_dc_residual", "hc_dc_mlp", "token_similarity", "effective_rank")
 
 
 @pytest.fixture(scope="module")

@@ -179,6 +179,26 @@ def test_effective_rank_counts_equal_directions(rank: int) -> None:
         assert spectrum.effective_rank(oriented).item() == pytest.approx(rank, abs=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9)])
+def test_singular_values_are_those_of_the_token_matrix_relative_to_the_largest(shape: tuple[int, int]) -> None:
+    tokens = random_tokens(2, *shape)
+    exact = torch.linalg.svdvals(tokens)
+    torch.testing.assert_close(spectrum.singular_values(tokens), exact / exact[:, :1])
+    left, right = torch.linalg.qr(random_tokens(*shape))[0], torch.linalg.qr(random_tokens(*shape, seed=1).T)[0]
+    decay = 7 * 0.5 ** torch.arange(6, dtype=torch.float64)
+    halved = spectrum.singular_values((left[:, :6] * decay @ right.T[:6])[None])
+    torch.testing.assert_close(halved[0], decay / 7)
+    one = spectrum.singular_values(random_tokens(1, 1, 6).expand(1, 9, 6))
+    torch.testing.assert_close(one, torch.eye(1, 6, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_an_image_that_is_not_finite_leaves_the_others_their_rank() -> None:
+    tokens = random_tokens(2, 9, 6)
+    rank = spectrum.effective_rank(tokens)[1]
+    tokens[0, 3, 3] = math.inf
+    assert spectrum.effective_rank(tokens)[0].isnan() and spectrum.effective_rank(tokens)[1] == rank
+
+
 @pytest.mark.parametrize("grid", [7, 8])
 def test_delta_log_amplitude_of_a_plane_wave_and_of_an_impulse(grid: int) -> None:
     impulse = torch.zeros(1, grid * grid, 2)
@@ -200,6 +220,7 @@ def test_delta_log_amplitude_of_a_plane_wave_and_of_an_impulse(grid: int) -> Non
         spectrum.high_frequency_ratio,
         spectrum.token_similarity,
         spectrum.token_similarity_published,
+        spectrum.singular_values,
         spectrum.effective_rank,
         spectrum.delta_log_amplitude,
     ],

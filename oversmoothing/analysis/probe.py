@@ -312,8 +312,8 @@ def layer_report(model: nn.Module, images: Tensor) -> dict[str, list[float]]:
     Returns:
         Lists with one number a layer, each a mean over the images: ``hc_dc_attention``, ``hc_dc_residual`` and
         ``hc_dc_mlp`` (:func:`spectrum.high_frequency_ratio` of the attention branch, after the residual sum and of the
-        block's output) and ``token_similarity`` (of the output). Then the means over heads or channels of the
-        remedies' parameters (:func:`layer_parameters`), NaN in layers that lack one.
+        block's output), ``token_similarity`` and ``effective_rank`` (of the output). Then the means over heads or
+        channels of the remedies' parameters (:func:`layer_parameters`), NaN in layers that lack one.
 
     Raises:
         UnsupportedModelError: As :func:`find_layers`.
@@ -326,6 +326,7 @@ def layer_report(model: nn.Module, images: Tensor) -> dict[str, list[float]]:
             "hc_dc_residual": spectrum.high_frequency_ratio(view.after_residual),
             "hc_dc_mlp": spectrum.high_frequency_ratio(view.after_mlp),
             "token_similarity": spectrum.token_similarity(view.after_mlp),
+            "effective_rank": spectrum.effective_rank(view.after_mlp),
         }
         for name, values in (quantities | layer_parameters(view.layer)).items():
             row = rows.setdefault(name, [torch.full((), math.nan, device=images.device)] * len(layers))

@@ -303,26 +303,55 @@ def token_similarity_published(tokens: Tensor) -> Tensor:
     return (unit @ unit.transpose(1, 2)).abs().mean(dim=(1, 2))
 
 
+def singular_values(tokens: Tensor) -> Tensor:
+    """Singular values of the token matrix, relative to the largest: how fast they fall says how few directions count.
+
+    The features are not centred: where all tokens are one, only the first value is left.
+
+    Args:
+        tokens: Features of shape (B, N, C). Computed in float64 through the smaller Gram matrix, so values below about
+            1e-8 are rounding.
+
+    Returns:
+        Shape (B, min(N, C)), float64, dimensionless, in [0, 1], descending from 1; ``nan`` for a sequence that is all
+        zero or not finite.
+
+    Raises:
+        ValueError: If ``tokens`` is not three-dimensional.
+
+    Source: Dong et al., "Attention is not all you need", arXiv 2103.03404, study how a token matrix falls to rank 1.
+    """
+    tokens = as_tokens(tokens).double()
+    if tokens.shape[2] < tokens.shape[1]:
+        tokens = tokens.transpose(1, 2)
+    gram = tokens @ tokens.transpose(1, 2)
+    # The decomposition raises on what is not finite, and this may run while a model is trained.
+    gram = torch.where(gram.isfinite().all(dim=(1, 2), keepdim=True), gram, 0)
+    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(-1)
+    return singular / singular[:, :1]
+
+
 def effective_rank(tokens: Tensor) -> Tensor:
     """The exponential of the entropy of the normalised singular values: how many directions the tokens really use.
 
     The features are not centred, so it tends to 1 as they collapse to one token.
 
     Args:
-        tokens: Features of shape (B, N, C). Computed in float64 through the smaller Gram matrix.
+        tokens: Features of shape (B, N, C). Computed in float64, see :func:`singular_values`.
 
     Returns:
-        Shape (B,), float64, dimensionless, in [1, min(N, C)]; ``nan`` for an all-zero sequence.
+        Shape (B,), float64, dimensionless, in [1, min(N, C)]; ``nan`` for a sequence that is all zero or not finite.
 
     Raises:
         ValueError: If ``tokens`` is not three-dimensional.
 
     Source: Roy and Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
     """
-    tokens = as_tokens(tokens).double()
-    if tokens.shape[2] < tokens.shape[1]:
-        tokens = tokens.transpose(1, 2)
-    singular = torch.linalg.eigvalsh(tokens @ tokens.transpose(1, 2)).clamp_min(0).sqrt()
+    return rank_of_singular_values(singular_values(tokens))
+
+
+def rank_of_singular_values(singular: Tensor) -> Tensor:
+    """The effective rank from singular values (..., K), whatever they are divided by: shape (...)."""
     share = singular / singular.sum(dim=-1, keepdim=True)
     return torch.special.entr(share).sum(dim=-1).exp()
 

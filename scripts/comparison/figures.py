@@ -17,7 +17,9 @@ BY_LAYER = {
     "token_similarity": ("token similarity of the block's output", "cosine of distinct tokens"),
     "hc_dc_mlp": ("‖HC‖/‖DC‖ of the block's output", "ratio"),
     "hc_dc_attention": ("‖HC‖/‖DC‖ of what attention adds", "ratio"),
+    "effective_rank": ("effective rank of the block's output", "directions"),
 }
+OF_FEATURES = (*BY_LAYER, "hc_dc_residual")  # what layers.csv has besides the remedies' parameters
 
 
 def draw_all(results: Results, arms: Sequence[str], settings: Sequence[str], baseline: str) -> list[Picture]:
@@ -43,7 +45,8 @@ def draw_all(results: Results, arms: Sequence[str], settings: Sequence[str], bas
     pictures.append(Picture("curves.png", "Curves by epoch", BANDS, draw_curves(results, arms, settings)))
     if figure := draw_depth(results, arms, settings):
         caption = (
-            f"At the last epoch with a spectrum. Towards a similarity of 1, or a ratio of 0, tokens are one. {BANDS}"
+            "At the last epoch with a spectrum. Towards a similarity of 1, a ratio of 0 or an effective rank of 1, "
+            f"tokens are one. {BANDS}"
         )
         pictures.append(Picture("depth.png", "Over-smoothing by depth", caption, figure))
     if figure := draw_parameters(results, arms, settings):
@@ -127,13 +130,13 @@ def draw_curves(results: Results, arms: Sequence[str], settings: Sequence[str]) 
 
 
 def draw_depth(results: Results, arms: Sequence[str], settings: Sequence[str]) -> Figure | None:
-    """Similarity of the tokens and HC/DC by layer; one row a setting. None without ``--spectrum-every``."""
+    """Token similarity, HC/DC and effective rank by layer; one row a setting. None without ``--spectrum-every``."""
     return _by_layer(results, arms, settings, BY_LAYER)
 
 
 def draw_parameters(results: Results, arms: Sequence[str], settings: Sequence[str]) -> Figure | None:
     """Learnt parameters of the remedies by layer; None where there are none."""
-    names = [name for name in results.layers["quantity"].unique() if not name.startswith(("hc_dc", "token_"))]
+    names = [name for name in results.layers["quantity"].unique() if name not in OF_FEATURES]
     return _by_layer(results, arms, settings, {name: (name, "mean over heads or channels") for name in sorted(names)})
 
 
