@@ -161,6 +161,8 @@ def test_csv_holds_the_same_numbers_as_json(output: Path) -> None:
         if row["frequency_pi"]:
             position = [f"{frequency:.6g}" for frequency in entry["frequency_pi"]].index(row["frequency_pi"])
             value = value[position]
+        if row["index"]:
+            value = value[int(row["index"])]
         assert float(row["mean"]) == pytest.approx(value, rel=1e-6)
         counted += 1
     assert counted == sum(
@@ -214,12 +216,14 @@ def test_the_report_needs_no_other_file(output: Path) -> None:
     figures = sorted(path.name for path in output.glob("*.png"))
     assert figures == [
         "attention.png",
+        "differences.png",
         "hc_dc.png",
         "heads.png",
         "log_amplitude.png",
         "overview.png",
         "parameters.png",
         "similarity.png",
+        "singular_values.png",
         "spectrum_0.png",
         "spectrum_1.png",
         "token_map.png",
@@ -227,8 +231,11 @@ def test_the_report_needs_no_other_file(output: Path) -> None:
     assert page.count("data:image/png;base64,") == len(figures)
     sources = re.findall(r"(?:src|href)=\"([^\"]*)\"", page)
     assert all(source.startswith("data:") for source in sources) and len(sources) == len(figures)
-    for text in ("ours", "featscale_small_24", "blocks.2", "no curve here has to fall"):
+    for text in ("ours", "featscale_small_24", "blocks.2", "no curve here has to fall", "What differs"):
         assert text in page
+    rows = read_rows(output / "differences.csv")
+    assert {(row["model"], row["baseline"]) for row in rows} == {("featscale_small_24", "ours")}
+    assert {row["quantity"] for row in rows} > {"token_similarity", "hc_dc_mlp", "attention_entropy"}
 
 
 def test_every_group_with_one_picture(photos: Path, attnscale_file: Path, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Runs models over images and keeps the running statistics of every quantity in every layer."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from . import probe
+from .paired import PairedDifferences
 from .quantities import DEFAULT, choose
 from .results import Result
 from .subject import Subject
@@ -14,6 +16,8 @@ from .values import RunningMean, Values
 
 class Measurement:
     """Running statistics of every quantity in every layer of one model; its size does not depend on the images.
+
+    Of the last batch, ``batch`` holds for each layer what is a number an image, head or window.
 
     Args:
         subject: The model.
@@ -26,10 +30,12 @@ class Measurement:
         self.groups = [group(subject, patches_only) for group in choose(quantities)]
         self.layers: list[dict[str, RunningMean]] = [{} for _ in subject.layers]
         self.num_images = 0
+        self.batch: list[dict[str, Tensor]] = []
 
     def update(self, images: Tensor) -> None:
         """Runs the model on images of shape (B, 3, H, W) and adds what each layer does."""
         self.num_images += len(images)
+        self.batch = [{} for _ in self.layers]
         grid = probe.patch_grid(self.subject.model, images)
         for group in self.groups:
             group.begin(images, grid)
@@ -40,6 +46,8 @@ class Measurement:
         for group in self.groups:
             for name, values in group.measure(view).items():
                 self.layers[view.index].setdefault(name, RunningMean()).update(values)
+                if name not in group.profiles and (view.index, name) not in group.frequencies:
+                    self.batch[view.index][name] = values
 
     def results(self) -> list[dict[str, Values]]:
         """For each layer, every quantity and parameter."""
@@ -78,7 +86,7 @@ def measure(
     patches_only: bool = False,
     quantities: Iterable[str] = DEFAULT,
 ) -> list[Result]:
-    """One pass over the images, through all models.
+    """One pass over the images, through all models; each but the first is compared with the first, image by image.
 
     Args:
         subjects: The models, each in the mode and on the device where it is to be measured.
@@ -86,8 +94,17 @@ def measure(
         patches_only: Whether class, distillation and register tokens are left out of the feature quantities.
         quantities: Names of the groups that are measured (``quantities.GROUPS``), or ``all``.
     """
-    measurements = [Measurement(subject, patches_only, quantities) for subject in subjects]
+    first, *others = [Measurement(subject, patches_only, quantities) for subject in subjects]
+    pairs = [PairedDifferences() if len(other.layers) == len(first.layers) else None for other in others]
     for batch in batches:
-        for measurement, images in zip(measurements, batch, strict=True):
+        for measurement, images in zip((first, *others), batch, strict=True):
             measurement.update(images)
-    return [measurement.result() for measurement in measurements]
+        for other, pair in zip(others, pairs, strict=True):
+            if pair is not None:
+                pair.update(other.batch, first.batch, len(batch[0]))
+    results = [measurement.result() for measurement in others]
+    for index, (result, pair) in enumerate(zip(results, pairs, strict=True)):
+        if pair is not None and pair.count > 1:
+            differences = pair.result(result.label, first.subject.label, result.layer_names)
+            results[index] = replace(result, differences=differences)
+    return [first.result(), *results]

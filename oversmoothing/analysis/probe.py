@@ -233,8 +233,8 @@ def feature_statistics(view: LayerView, num_patches: int, patches_only: bool = F
         patches_only: Leave those tokens out of every quantity, not only out of the 2-D spectrum.
 
     Returns:
-        Shape (B,) each, but ``delta_log_amplitude`` of shape (B, G // 2 + 1), which only tokens in the order of a
-        square grid have.
+        Shape (B,) each, but ``singular_values`` of shape (B, min(N, C)), and ``delta_log_amplitude`` of shape
+        (B, G // 2 + 1), which only tokens in the order of a square grid have.
     """
 
     def tokens(x: Tensor) -> Tensor:
@@ -242,6 +242,7 @@ def feature_statistics(view: LayerView, num_patches: int, patches_only: bool = F
 
     output = tokens(view.after_mlp)
     dc, hc = spectrum.band_energies(output)
+    singular = spectrum.singular_values(output)
     statistics = {
         "hc_dc_attention": spectrum.high_frequency_ratio(tokens(view.after_attention)),
         "hc_dc_residual": spectrum.high_frequency_ratio(tokens(view.after_residual)),
@@ -250,7 +251,8 @@ def feature_statistics(view: LayerView, num_patches: int, patches_only: bool = F
         "hc_energy": hc,
         "token_similarity": spectrum.token_similarity(output),
         "token_similarity_published": spectrum.token_similarity_published(output),
-        "effective_rank": spectrum.effective_rank(output),
+        "effective_rank": spectrum.rank_of_singular_values(singular),
+        "singular_values": singular,
     }
     patches = view.patch_tokens(num_patches)
     if patches is not None and round(patches.shape[1] ** 0.5) ** 2 == patches.shape[1]:

@@ -35,10 +35,21 @@ READING = (
 )
 
 
+PAIRED = (
+    "Every image went through both models, and the intervals are about images: these models, on other images of the "
+    "same kind. They say nothing of other training runs: with other seeds, models of one recipe can differ as much. "
+    "scripts/compare.py trains several seeds and compares those. The intervals hold for all layers of a quantity "
+    "together (Bonferroni), since the largest difference is picked, but not for all quantities together. "
+    "differences.csv has every quantity."
+)
+
+
 def write_analysis(
     results: Sequence[Result], folder: str | Path, settings: dict[str, Any], pictures: Sequence[Picture] = ()
 ) -> Path:
     """Writes analysis.csv and analysis.json (every number in a figure), the figures and report.html.
+
+    Where models were compared with the first one, differences.csv too.
 
     Args:
         results: May be empty, if only the maps of one image were drawn.
@@ -55,6 +66,8 @@ def write_analysis(
         write_csv(folder / "analysis.csv", tidy_rows(results))
         text = json.dumps(as_json(results, settings), indent=1, allow_nan=False)
         (folder / "analysis.json").write_text(text, encoding="utf-8")
+        if differences := [row for result in results if result.differences for row in result.differences.rows()]:
+            write_csv(folder / "differences.csv", differences)
         pictures = [*draw_all(results), *pictures]
     for item in pictures:
         item.figure.savefig(folder / item.file, dpi=130)
@@ -88,6 +101,7 @@ def render_report(
             for result in results
         ]
         parts.append(html_table(["model", "timm name", "weights", "parameters", "input", "layers"], rows))
+        parts += comparison(results)
     for picture in pictures:
         parts.append(html_picture(picture, folder))
     if results:
@@ -113,6 +127,22 @@ def html_picture(picture: Picture, folder: Path) -> str:
         f'<figure><h2>{html.escape(picture.title)}</h2><img alt="{html.escape(picture.title)}" '
         f'src="data:image/png;base64,{data}"><figcaption>{html.escape(picture.caption)}</figcaption></figure>'
     )
+
+
+def comparison(results: Sequence[Result]) -> list[str]:
+    """What differs between the first model and each other, in sentences; nothing for one model."""
+    first, *others = results
+    sentences = []
+    for result in others:
+        if result.differences is not None:
+            sentences += result.differences.sentences()
+        elif len(result.layers) != len(first.layers):
+            depths = f"{len(result.layers)} layers and {first.label} {len(first.layers)}"
+            sentences.append(f"{result.label} has {depths}: they are not compared layer by layer.")
+    if not sentences:
+        return []
+    items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
+    return [f"<h2>What differs</h2><ul>{items}</ul><p>{html.escape(PAIRED)}</p>"]
 
 
 def left_out_rows(result: Result) -> list[list[str]]:

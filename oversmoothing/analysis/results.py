@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..remedies import REMEDIES, LayerShape
+from .paired import Differences
 from .quantities import QUANTITIES
 from .values import Values
 
@@ -49,6 +50,7 @@ class Result:
     layers: list[dict[str, Values]]
     num_images: int = 0
     left_out: dict[str, dict[str, str]] = field(default_factory=dict)  # group -> block -> why it has no numbers there
+    differences: Differences | None = None  # to the first model, image by image; None where the depths differ
 
     def scalars(self, quantity: str) -> tuple[list[int], Tensor, Tensor]:
         """Layers that have the quantity, its mean there, and its std over the images, all averaged over heads."""
@@ -130,6 +132,7 @@ def as_json(results: Iterable[Result], settings: dict[str, Any]) -> dict[str, An
                         }
                         for name, layer in zip(result.layer_names, result.layers, strict=True)
                     ],
+                    "differences": result.differences and list(result.differences.rows()),
                 }
                 for result in results
             ],

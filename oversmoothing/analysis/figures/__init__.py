@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from ..results import Result
 from . import distance, eigenvalues, features, maps, rollout, sinks, tokens
+from .differences import difference_pictures
 from .parameters import parameter_pictures
 from .style import COLOURS, DIVERGING, LAYER_AXIS, SEQUENTIAL, Drawing, Picture, line_style, panels
 
@@ -35,4 +36,5 @@ DRAWINGS: dict[str, tuple[Drawing, ...]] = {
 def draw_all(results: Sequence[Result]) -> list[Picture]:
     """Every figure of the report that has something to show."""
     first, *rest = ([picture for item in items for picture in item.pictures(results)] for items in DRAWINGS.values())
-    return [*first, *parameter_pictures(results), *(picture for pictures in rest for picture in pictures)]
+    rest = [picture for pictures in rest for picture in pictures]
+    return [*first, *difference_pictures(results), *parameter_pictures(results), *rest]

@@ -54,6 +54,33 @@ def draw_similarity(results: Sequence[Result]) -> Figure:
     return figure
 
 
+def draw_singular_values(results: Sequence[Result]) -> Figure:
+    """Singular values of the token matrix, largest first, one panel a model, one line a layer."""
+    results = [result for result in results if any("singular_values" in layer for layer in result.layers)]
+    figure, axes = panels(1, len(results), width=4.4, height=3.4, sharey=True)
+    deepest = max(len(result.layers) for result in results) - 1
+    colours = colormaps[SEQUENTIAL]
+    smallest = 1.0
+    for ax, result in zip(axes.flat, results, strict=True):
+        for index, layer in enumerate(result.layers):
+            if "singular_values" in layer:
+                values = layer["singular_values"].mean
+                ax.plot(range(1, len(values) + 1), values, color=colours(index / max(deepest, 1)), linewidth=1.2)
+                shown = values[: max(1, round(0.9 * len(values)))]  # the last ones are rounding where the rank is full
+                smallest = min(smallest, shown[shown > 0].min().item())
+        ax.set_title(result.label, fontsize=10, wrap=True)
+        ax.set_xlabel("index of the singular value")
+        ax.set_ylabel("relative to the largest")
+        ax.set_yscale("log")
+        ax.tick_params(labelleft=True)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(alpha=0.3)
+    axes[0, 0].set_ylim(max(smallest / 2, 1e-7), 1.3)
+    scale = ScalarMappable(Normalize(0, max(deepest, 1)), SEQUENTIAL)
+    figure.colorbar(scale, ax=axes, label=LAYER_AXIS, ticks=MaxNLocator(integer=True))
+    return figure
+
+
 def draw_log_amplitude(results: Sequence[Result]) -> Figure:
     """Relative log amplitude of the patch tokens' 2-D spectrum, one panel a model, one line a layer."""
     drawable = [result for result in results if any("delta_log_amplitude" in layer for layer in result.layers)]
@@ -99,6 +126,14 @@ DRAWINGS = (
         f"maps are signed. {BANDS}",
         ("token_similarity", "token_similarity_published", "head_similarity", "layer_similarity"),
         draw_similarity,
+    ),
+    Drawing(
+        "singular_values",
+        "Singular values of the tokens",
+        "Of each block's token matrix, largest first, divided by the largest; means over the images. The faster a "
+        "curve falls, the fewer directions hold the tokens; where all tokens are one, only the first value is left.",
+        ("singular_values",),
+        draw_singular_values,
     ),
     Drawing(
         "log_amplitude",

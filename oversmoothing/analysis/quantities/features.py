@@ -22,13 +22,16 @@ class Features(Group):
         "token_similarity": "signed cosine similarity of distinct tokens of the block's output",
         "token_similarity_published": "mean |cosine| over all pairs of tokens, diagonal included: the authors' form",
         "effective_rank": "effective rank of the block's output (directions)",
+        "singular_values": "singular values of the block's output, descending, relative to the largest",
         "delta_log_amplitude": (
             "log amplitude of the 2-D spectrum of the patch tokens, relative to zero frequency (nats)"
         ),
     }
 
+    profiles = frozenset({"singular_values"})
+
     def measure(self, view: probe.LayerView) -> dict[str, Tensor]:
-        """Shape (B,) each, but the log amplitude."""
+        """Shape (B,) each, but the singular values and the log amplitude."""
         num_patches = math.prod(self.grid)
         statistics = probe.feature_statistics(view, num_patches, self.patches_only)
         if "delta_log_amplitude" in statistics:

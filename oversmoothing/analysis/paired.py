@@ -1,0 +1,162 @@
+"""Differences between two models, paired by image: in which layer, how large, and within which interval.
+
+Every image goes through both models, so what makes an image easy or hard falls out of the difference. The intervals are
+about images: two models as they are, on other images of the same kind. They say nothing of other training runs of the
+same two recipes; scripts/compare.py compares those, over seeds.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .values import RunningMean
+
+LEVEL = 0.95  # of the intervals, of all layers of a quantity together
+# Quantity -> its name in a sentence, and the words for more and less. The others are in the files alone.
+SENTENCES = {
+    "token_similarity": ("the token similarity", "higher", "lower"),
+    "hc_dc_mlp": ("the HC/DC ratio", "higher", "lower"),
+    "effective_rank": ("the effective rank", "higher", "lower"),
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One quantity in one layer: a model minus the baseline, image by image."""
+
+    mean: float  # in the quantity's unit
+    std: float  # over the images, of the sample (n - 1)
+    low: float  # interval of the mean, corrected for the number of layers
+    high: float
+    p: float  # of the paired t test, corrected likewise
+
+    @property
+    def found(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Differences:
+    """A model against the baseline, layer by layer."""
+
+    label: str
+    baseline: str
+    blocks: list[str]  # of the model
+    quantities: dict[str, dict[int, Difference]]  # quantity -> layer -> difference
+    count: int  # images
+
+    def sentences(self) -> list[str]:
+        """What may be said of each of ``SENTENCES``, one sentence each."""
+        return [self._sentence(name) for name in SENTENCES if self.quantities.get(name)]
+
+    def _sentence(self, quantity: str) -> str:
+        name, higher, lower = SENTENCES[quantity]
+        layers = self.quantities[quantity]
+        over = f"over {self.count} images, corrected for {len(layers)} layers"
+        if all(difference.mean == 0 == difference.std for difference in layers.values()):
+            return f"{_capital(name)} of {self.label} is {self.baseline}'s in every layer, on all {self.count} images."
+        found = {layer: difference for layer, difference in layers.items() if difference.found}
+        layer, largest = max((found or layers).items(), key=lambda item: abs(item[1].mean))
+        if not found:
+            return (
+                f"{_capital(name)} of {self.label} and {self.baseline} does not differ detectably in any layer; the "
+                f"largest difference, in layer {layer}, is {_signed(largest.mean)} (95% interval "
+                f"{_signed(largest.low)} to {_signed(largest.high)}, {over})."
+            )
+        size = sorted(abs(end) for end in (largest.low, largest.high))
+        verb = higher if largest.mean > 0 else lower
+        return (
+            f"In layer {layer} (of 0 to {len(self.blocks) - 1}) {name} of {self.label} is "
+            f"{abs(largest.mean):.3g} {verb} than {self.baseline}'s (95% interval {size[0]:.3g} to {size[1]:.3g}, "
+            f"{over}); it differs in {len(found)} of {len(layers)} layers, and most in this one."
+        )
+
+    def rows(self) -> Iterable[dict[str, Any]]:
+        """Every number as a row of CSV."""
+        for quantity, layers in self.quantities.items():
+            for layer, difference in layers.items():
+                yield {
+                    "model": self.label,
+                    "baseline": self.baseline,
+                    "layer": layer,
+                    "block": self.blocks[layer],
+                    "quantity": quantity,
+                    "difference": f"{difference.mean:.8g}",
+                    "std": f"{difference.std:.8g}",
+                    "low": f"{difference.low:.8g}",
+                    "high": f"{difference.high:.8g}",
+                    "p": f"{difference.p:.4g}",
+                    "count": self.count,
+                }
+
+
+class PairedDifferences:
+    """Running mean and variance of what one model has more than another, image by image; its size is fixed.
+
+    Quantities with a number a head are averaged over the heads, those of windows (Swin's maps) over the windows of an
+    image. Those with a spectrum are left out.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.layers: dict[tuple[str, int], RunningMean] = {}
+
+    def update(self, ours: Sequence[Mapping[str, Tensor]], theirs: Sequence[Mapping[str, Tensor]], images: int) -> None:
+        """Adds the images of a batch: for each layer quantity -> (images, ...) of both models."""
+        self.count += images
+        for layer, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            for name in mine.keys() & other.keys():
+                difference = _by_image(mine[name], images) - _by_image(other[name], images).to(mine[name].device)
+                self.layers.setdefault((name, layer), RunningMean()).update(difference)
+
+    def result(self, label: str, baseline: str, blocks: list[str]) -> Differences:
+        """Means with intervals, Student's t, each at the level that holds for all layers of a quantity (Bonferroni).
+
+        Args:
+            label: Of the model.
+            baseline: Label of the baseline.
+            blocks: Names of the model's layers.
+
+        Raises:
+            ValueError: For fewer than two images.
+        """
+        if self.count < 2:
+            raise ValueError(f"differences between models need two images or more, got {self.count}")
+        quantities: dict[str, dict[int, Difference]] = {}
+        for (name, layer), running in self.layers.items():
+            mean, std = running.mean.item(), running.std.item() * math.sqrt(self.count / (self.count - 1))
+            if math.isfinite(mean) and math.isfinite(std):  # the ratio of a mean token that is zero is not
+                quantities.setdefault(name, {})[layer] = Difference(mean, std, math.nan, math.nan, math.nan)
+        for layers in quantities.values():
+            for layer, difference in layers.items():
+                layers[layer] = _tested(difference.mean, difference.std, self.count, len(layers))
+        return Differences(label, baseline, blocks, quantities, self.count)
+
+
+def _tested(mean: float, std: float, count: int, tests: int) -> Difference:
+    """A paired t test from the mean and the standard deviation of the differences, Bonferroni for ``tests`` of them."""
+    from scipy.stats import t  # which nothing else of measuring needs
+
+    error = std / math.sqrt(count)
+    if error == 0:
+        return Difference(mean, std, mean, mean, 1.0 if mean == 0 else 0.0)
+    low, high = t.interval(1 - (1 - LEVEL) / tests, count - 1, mean, error)
+    p = min(1.0, tests * 2 * t.sf(abs(mean) / error, count - 1))
+    return Difference(mean, std, float(low), float(high), float(p))
+
+
+def _by_image(values: Tensor, images: int) -> Tensor:
+    """(images or windows, ...) -> (images,), in double precision."""
+    return values.detach().double().reshape(images, -1).mean(dim=1)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3g}"
