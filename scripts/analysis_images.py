@@ -42,7 +42,7 @@ class ImageFiles(Dataset):
 
 
 class Views(Dataset):
-    """The same image once per kind of input that the models want.
+    """The same image once per kind of input that the models want, and its label.
 
     Args:
         datasets: Data sets of the same images with different transforms.
@@ -51,8 +51,9 @@ class Views(Dataset):
     def __init__(self, datasets: Sequence[Dataset]) -> None:
         self.datasets = datasets
 
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        return tuple(dataset[index][0] for dataset in self.datasets)
+    def __getitem__(self, index: int) -> tuple[tuple[Tensor, ...], int]:
+        samples = [dataset[index] for dataset in self.datasets]
+        return tuple(image for image, _ in samples), samples[0][1]
 
     def __len__(self) -> int:
         return len(self.datasets[0])
@@ -70,7 +71,7 @@ def options_of(args: argparse.Namespace, subject: Subject) -> DataOptions:
 
 
 def build_loader(args: argparse.Namespace, subjects: Sequence[Subject]) -> tuple[DataLoader, list[int]]:
-    """Loader of the chosen images, and for each model which of a batch's views is its input."""
+    """Loader of the chosen images, batches of (views, labels), and for each model which of the views is its input."""
     kinds: dict[tuple, int] = {}
     datasets = []
     for subject in subjects:

@@ -7,8 +7,10 @@
 
 Models are of this zoo or of timm; --resume, --pretrained, --label and --model-kwargs belong to the --model before them.
 Without weights a model is analysed as initialised. Written to --output_dir: report.html (self-contained, with all
-figures), analysis.csv and analysis.json (every number in a figure), the figures as PNG, and for --image token_map.csv
-and .png, with tokens_image and rollout_image where --quantities has these groups. docs/analysis.md explains each.
+figures), analysis.csv and analysis.json (every number in a figure), the figures as PNG; of several models
+differences.csv; what --cka, --probe and --sweep find as cka.csv, linear_probe.csv and sweep_*.csv; and for --image
+token_map.csv and .png, with tokens_image and rollout_image where --quantities has these groups. docs/analysis.md
+explains each.
 """
 
 import argparse
@@ -44,6 +46,7 @@ from oversmoothing.analysis.results import Result, write_csv
 from oversmoothing.analysis.subject import RANDOM_WEIGHTS, ModelSpec, Subject, build_subject, unique_labels
 from oversmoothing.analysis.token_map import draw_token_maps, token_map, token_map_rows
 from readers.images import load_image
+from scripts import analysis_studies
 from scripts.analysis_images import build_loader, options_of
 from utils import SetupError, resolve_device
 
@@ -168,6 +171,8 @@ def get_parser() -> argparse.ArgumentParser:
         + "; ".join(f"{name}, {group.about}" for name, group in GROUPS.items()),
     )
 
+    analysis_studies.add_flags(parser)
+
     group = parser.add_argument_group("run")
     group.add_argument(
         "--output_dir",
@@ -218,6 +223,7 @@ def check_args(args: argparse.Namespace) -> None:
             problems.append(f"--model {spec.name}: neither this zoo nor timm knows it; timm.list_models() lists all")
         if spec.resume and spec.pretrained:
             problems.append(f"--model {spec.name}: --resume and --pretrained exclude each other")
+    problems += analysis_studies.problems(args)
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -235,16 +241,22 @@ def measure_images(args: argparse.Namespace, subjects: Sequence[Subject], device
     if not args.data_path or not any(group.needs_images for group in groups):
         names = [group.name for group in groups if not group.needs_images]
         return measure(subjects, [], quantities=names) if names else []
+    batches = passes(args, subjects, device)
+    return measure(subjects, (images for images, _ in batches("layers")), args.tokens == "patches", args.quantities)
+
+
+def passes(args: argparse.Namespace, subjects: Sequence[Subject], device: torch.device) -> analysis_studies.Batches:
+    """What gives a pass over the chosen images: batches of (one input a model, labels), with a progress bar."""
     loader, views = build_loader(args, subjects)
 
-    def batches() -> Iterator[list[Tensor]]:
-        with tqdm(total=len(loader.dataset), unit="image", disable=None) as bar:
-            for batch in loader:
-                inputs = [view.to(device, non_blocking=True) for view in batch]
-                yield [inputs[view] for view in views]
-                bar.update(len(batch[0]))
+    def batches(title: str) -> Iterator[tuple[list[Tensor], Tensor]]:
+        with tqdm(total=len(loader.dataset), unit="image", desc=title, disable=None) as bar:
+            for images, labels in loader:
+                inputs = [view.to(device, non_blocking=True) for view in images]
+                yield [inputs[view] for view in views], labels
+                bar.update(len(labels))
 
-    return measure(subjects, batches(), args.tokens == "patches", args.quantities)
+    return batches
 
 
 def describe_settings(args: argparse.Namespace, device: torch.device, num_images: int) -> dict[str, Any]:
@@ -284,6 +296,8 @@ def main(args: argparse.Namespace) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     results = measure_images(args, subjects, device)
     pictures = draw_image(args, subjects, device, folder) if args.image else []
+    if args.cka or args.probe or args.sweep:
+        pictures += analysis_studies.run_studies(args, subjects, passes(args, subjects, device), folder)
     settings = describe_settings(args, device, results[0].num_images if results else 0)
     return write_analysis(results, folder, settings, pictures)
 

@@ -4,7 +4,14 @@
     analysis = analyze({"plain": model, "attnscale": other}, loader, "analysis")
     analysis.report  # path of a self-contained page; analysis.results holds every number in it
 
-Figures need matplotlib: ``pip install vit-anti-oversmoothing[analysis]``.
+Of several models, ``analysis.results[1].differences`` says how the second differs from the first, image by image.
+Further studies take the same models and batches, with labels where they need them::
+
+    cka.compare_layers(models, loader)                        # similarity of layers
+    linear_probe.probe_layers(models, loader)                 # class information by layer
+    sweep.sweep_parameter(models, loader, "attnscale")        # a remedy's parameter set by hand
+
+Figures, probes and intervals need ``pip install vit-anti-oversmoothing[analysis]``.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

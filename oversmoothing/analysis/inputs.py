@@ -1,0 +1,62 @@
+"""Batches, models and outputs in the forms that users have them."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+Models = nn.Module | Mapping[str, nn.Module]
+
+
+def by_label(models: Models) -> dict[str, nn.Module]:
+    """Models by their labels; of a single one the name of its class."""
+    return {type(models).__name__: models} if isinstance(models, nn.Module) else dict(models)
+
+
+def inputs_and_labels(
+    batches: Iterable[Any], models: Sequence[nn.Module], labelled: str = ""
+) -> Iterator[tuple[list[Tensor], Tensor | None]]:
+    """For each batch the input of every model, on the device where that is, and the labels (B,), if there are any.
+
+    Args:
+        batches: Images (B, 3, H, W); or tuples of them and labels; or, where the models want images of their own,
+            tuples of a list, one input a model, and labels.
+        models: In the order of such lists.
+        labelled: What needs labels, for the message; empty: nothing does.
+
+    Raises:
+        ValueError: If there are no batches, no labels where they are needed, or labels that are no class indices.
+    """
+    devices = [next(model.parameters()).device for model in models]
+    empty = True
+    for batch in batches:
+        empty = False
+        images, *rest = (batch,) if isinstance(batch, Tensor) else batch
+        labels = rest[0] if rest else None
+        images = [images] * len(models) if isinstance(images, Tensor) else images
+        if labelled:
+            _check_labels(labels, len(images[0]), labelled)
+        yield [x.to(device) for x, device in zip(images, devices, strict=True)], labels
+    if empty:
+        raise ValueError("no batches to analyse: give images, or a loader of a data set that is not empty")
+
+
+def _check_labels(labels: Any, count: int, labelled: str) -> None:
+    if labels is None:
+        raise ValueError(f"{labelled} needs labels: give batches of (images, labels)")
+    if not isinstance(labels, Tensor) or labels.shape != (count,) or labels.is_floating_point():
+        found = f"a tensor {tuple(labels.shape)} of {labels.dtype}" if isinstance(labels, Tensor) else type(labels)
+        raise ValueError(f"{labelled} needs labels as a tensor ({count},) of class indices, got {found}")
+
+
+def logits_of(output: Any, label: str) -> Tensor:
+    """The logits (B, classes) of whatever a model returns: a tensor, a tuple that begins with it, or ``.logits``.
+
+    Raises:
+        ValueError: If the output has none.
+    """
+    logits = getattr(output, "logits", output)
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise ValueError(f"{label} returns no logits (B, classes), so it has no accuracy: give a model with a head")
+    return logits

@@ -1,0 +1,40 @@
+"""One vector an image and layer: the mean of a block's patch tokens, or its class token."""
+
+import math
+
+from torch import Tensor, nn
+
+from . import probe
+
+POOLS = {"patches": "mean of the patch tokens", "class": "class token"}
+CLASS_TOKENS = ("cls_token", "class_embedding")  # parameters of timm's and transformers' models
+
+
+def pooled_outputs(model: nn.Module, images: Tensor, pools: tuple[str, ...]) -> list[dict[str, Tensor]]:
+    """Runs a model and pools the output of every block.
+
+    Args:
+        model: Any model :func:`probe.find_layers` accepts, in the mode in which it is to run.
+        images: Shape (B, 3, H, W), on the model's device.
+        pools: Of ``POOLS``.
+
+    Returns:
+        For each layer, pool -> (B, C), float32; C differs between the stages of a hierarchical model. ``class`` is
+        missing where a block has no class token: in CaiT it joins behind these blocks, Swin has none.
+    """
+    num_patches = math.prod(probe.patch_grid(model, images))
+    has_class = any(name.rpartition(".")[2] in CLASS_TOKENS for name, _ in model.named_parameters())
+    layers: list[dict[str, Tensor]] = []
+
+    def visit(view: probe.LayerView) -> None:
+        tokens, pooled = view.after_mlp, {}
+        prefixed = view.grid is None and tokens.shape[1] > num_patches
+        if "patches" in pools:
+            pooled["patches"] = (tokens[:, -num_patches:] if prefixed else tokens).float().mean(dim=1)
+        if "class" in pools and prefixed and has_class:
+            pooled["class"] = tokens[:, 0].float().clone()
+        layers.append(pooled)
+
+    with probe.visiting(model, visit):
+        model(images)
+    return layers
