@@ -6,6 +6,7 @@ Each is another pass over the same images.
 import argparse
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,10 @@ def run_studies(args: argparse.Namespace, subjects: Sequence[Subject], batches: 
         probes = probe_layers(models, batches("linear probes"), seed=args.seed)
         write_csv(folder / "linear_probe.csv", probes.rows())
         pictures.append(probes.picture())
-    for word in args.sweep:
+    for word in dict.fromkeys(args.sweep):
         remedy, _, parameter = word.partition(".")
         chosen = dict(parameter=parameter or None, values=args.sweep_values or VALUES, layers=args.sweep_layers)
         sweeps = sweep_parameter(models, batches(f"sweep of {word}"), remedy, **chosen)
         write_csv(folder / f"sweep_{word}.csv", (row for sweep in sweeps for row in sweep.rows()))
-        pictures.append(sweep_picture(sweeps))
+        pictures.append(replace(sweep_picture(sweeps), file=f"sweep_{word}.png"))
     return pictures

@@ -33,7 +33,7 @@ def test_each_study_adds_its_numbers_and_its_figure(tmp_path: Path) -> None:
     page = (folder / "report.html").read_text()
     for name in ("cka", "linear_probe", "sweep_attnscale"):
         assert (folder / f"{name}.png").is_file()
-    for title in ("Similarity of layers (linear CKA)", "Class information by layer", "attnscale set by hand"):
+    for title in ("Similarity of layers (linear CKA)", "Class information by layer", "attnscale: lamb set by hand"):
         assert title in page
     assert cka[0]["count"] == sweep[0]["count"] == "24" and probes[0]["held_out_images"] == "12"
     with pytest.raises(ValueError, match="attnscale_small_12 cannot be swept over gfsa"):

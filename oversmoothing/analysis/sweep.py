@@ -241,10 +241,13 @@ def sweep_picture(sweeps: Sequence[Sweep]) -> Picture:
     first = sweeps[0]
     sentences = [_sentence(sweep) for sweep in sweeps]
     caption = (
-        f"All entries of the parameter are set to the value, without training; {first.count} images. Dashed: the model "
-        f"as it is. {' '.join(sentences)} The best value was picked on these images, so it flatters."
+        f"All entries of the parameter are set to the value, without training; {first.count} images, of which one is "
+        f"{100 / first.count:.2g} points. Dashed: the model as it is. {' '.join(sentences)} The best value was picked "
+        "on these images, so it flatters."
     )
-    return Picture(f"sweep_{first.remedy}.png", f"{first.remedy} set by hand", caption, draw_sweeps(sweeps))
+    names = ", ".join(dict.fromkeys(sweep.parameter for sweep in sweeps))
+    title = f"{first.remedy}: {names} set by hand"
+    return Picture(f"sweep_{first.remedy}.png", title, caption, draw_sweeps(sweeps))
 
 
 def _sentence(sweep: Sweep) -> str:
