@@ -10,6 +10,7 @@ from runs import tiny_tree
 from studies import ARMS, FLAGS, accuracies, study_of, write_run
 
 from scripts.comparison import report
+from scripts.comparison.figures import draw_depth, draw_parameters
 from scripts.comparison.results import collect
 from scripts.comparison.study import Study
 
@@ -60,6 +61,9 @@ def test_a_study_becomes_tables_and_a_page_that_needs_no_other_file(data: Path, 
     assert len(epochs) == 3 * 3 * (2 + 3) and {"setting", "arm", "seed", "epoch", "test_acc1"} <= set(epochs.columns)
     layers = pd.read_csv(tmp_path / "layers.csv")
     assert set(layers["quantity"]) == {"token_similarity", "hc_dc_mlp", "effective_rank", "lamb"}
+    results = collect(study.runs(), tmp_path / "runs")
+    figures = [draw(results, list(study.arms), list(settings)) for draw in (draw_depth, draw_parameters)]
+    assert [len(figure.axes) for figure in figures] == [2 * 3, 2 * 1]  # similarity, HC/DC and rank; lambda
     rows = pd.read_csv(tmp_path / "comparison.csv").set_index(["setting", "quantity", "arm"])
     assert rows.loc[("long", "test_acc1", "attnscale"), "difference_mean"] == pytest.approx(4 / 3)
     # Of the block before the last, which three layers have at index 1.

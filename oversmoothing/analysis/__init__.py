@@ -23,6 +23,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from .inputs import by_label
 from .measurement import measure
 from .probe import UnsupportedModelError, evaluating, layer_report
 from .quantities import DEFAULT, choose
@@ -67,7 +68,7 @@ def analyze(
     from .report import write_analysis  # with matplotlib, which measuring does without
 
     groups = choose(quantities)
-    models = {type(models).__name__: models} if isinstance(models, nn.Module) else models
+    models = by_label(models)
     needs_images = any(group.needs_images for group in groups)
     images = (batch if isinstance(batch, Tensor) else batch[0] for batch in (batches if needs_images else ()))
     first = next(images, None)

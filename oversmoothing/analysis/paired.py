@@ -10,17 +10,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .values import RunningMean
 
 LEVEL = 0.95  # of the intervals, of all layers of a quantity together
-# Quantity -> its name in a sentence, and the words for more and less. The others are in the files alone.
+# Quantity -> its name in a sentence. The others are in the files alone.
 SENTENCES = {
-    "token_similarity": ("the token similarity", "higher", "lower"),
-    "hc_dc_mlp": ("the HC/DC ratio", "higher", "lower"),
-    "effective_rank": ("the effective rank", "higher", "lower"),
+    "token_similarity": "the token similarity",
+    "hc_dc_mlp": "the HC/DC ratio",
+    "effective_rank": "the effective rank",
 }
+# Smaller differences are float32's rounding, which equal models with other kernels have too.
+ROUNDING = dict(rtol=1e-4, atol=1e-6)
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,11 @@ class Differences:
         return [self._sentence(name) for name in SENTENCES if self.quantities.get(name)]
 
     def _sentence(self, quantity: str) -> str:
-        name, higher, lower = SENTENCES[quantity]
-        layers = self.quantities[quantity]
+        name, layers = SENTENCES[quantity], self.quantities[quantity]
         over = f"over {self.count} images, corrected for {len(layers)} layers"
         if all(difference.mean == 0 == difference.std for difference in layers.values()):
-            return f"{_capital(name)} of {self.label} is {self.baseline}'s in every layer, on all {self.count} images."
+            same = f"the same as {self.baseline}'s in every layer, on each of {self.count} images"
+            return f"{_capital(name)} of {self.label} is {same}."
         found = {layer: difference for layer, difference in layers.items() if difference.found}
         layer, largest = max((found or layers).items(), key=lambda item: abs(item[1].mean))
         if not found:
@@ -68,7 +71,7 @@ class Differences:
                 f"{_signed(largest.low)} to {_signed(largest.high)}, {over})."
             )
         size = sorted(abs(end) for end in (largest.low, largest.high))
-        verb = higher if largest.mean > 0 else lower
+        verb = "higher" if largest.mean > 0 else "lower"
         return (
             f"In layer {layer} (of 0 to {len(self.blocks) - 1}) {name} of {self.label} is "
             f"{abs(largest.mean):.3g} {verb} than {self.baseline}'s (95% interval {size[0]:.3g} to {size[1]:.3g}, "
@@ -110,7 +113,8 @@ class PairedDifferences:
         self.count += images
         for layer, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
             for name in mine.keys() & other.keys():
-                difference = _by_image(mine[name], images) - _by_image(other[name], images).to(mine[name].device)
+                a, b = _by_image(mine[name], images), _by_image(other[name], images).to(mine[name].device)
+                difference = torch.where(torch.isclose(a, b, **ROUNDING), 0, a - b)
                 self.layers.setdefault((name, layer), RunningMean()).update(difference)
 
     def result(self, label: str, baseline: str, blocks: list[str]) -> Differences:
