@@ -21,6 +21,7 @@ def rows_of(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
+@pytest.mark.slow
 def test_each_study_adds_its_numbers_and_its_figure(tmp_path: Path) -> None:
     data = tiny_tree(tmp_path / "data", train=3, val=24)
     flags = ("--data-set", "FOLDER", "--data-path", data, "--num-images", 0, "--quantities", "features")

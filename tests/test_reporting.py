@@ -201,7 +201,7 @@ def test_every_chart_of_the_layout_has_curves(data: Path, tmp_path: Path) -> Non
     assert sorted(curves["loss"]) == ["loss/test_ema_loss", "loss/test_loss", "loss/train_loss"]
     assert sorted(curves["lamb"]) == ["remedy_mean/blocks.0.attn.lamb", "remedy_mean/blocks.1.attn.lamb"]
     assert {name for name, tags in curves.items() if len(tags) == 2} > {"lamb", "lamb1", "lamb2"}
-    assert all(curves.values()) and len(curves) == 3 + 3 + 4
+    assert all(curves.values()) and len(curves) == 3 + 3 + 5
     groups = {tag.split("/")[0] for tag in events.Tags()["scalars"] if not tag.startswith("spectrum_")}
     assert groups == {"accuracy", "loss", "optimization", "remedy_mean", "time", "efficiency"}
 
