@@ -71,10 +71,12 @@ def assemble(
         args: The parsed arguments; saved as a dict of JSON types, anything else as its ``str()``.
         data: From ``datasets.fingerprint``, of the training images.
     """
+    state = optimizer.state_dict()
     checkpoint = {
         "model": strip_prefixes(model.state_dict(), "the model"),
         "model_ema": None if model_ema is None else strip_prefixes(model_ema.state_dict(), "the EMA model"),
-        "optimizer": optimizer.state_dict(),
+        # Kron's has its random state, too; optim.seed_draws sets that at every step.
+        "optimizer": {name: state[name] for name in ("state", "param_groups")},
         "optimizer_class": optimizer_class(optimizer),
         "scaler": None if scaler is None else scaler.state_dict(),
         "epoch": int(epoch),
@@ -392,7 +394,8 @@ def _dry_run(optimizer: torch.optim.Optimizer, group: dict) -> tuple[dict, dict[
     shapes = {(parameter.shape, parameter.dtype): parameter for parameter in group["params"]}
     stand_ins = [nn.Parameter(torch.zeros_like(parameter)) for parameter in shapes.values()]
     options = {name: value for name, value in group.items() if name != "params"}
-    with torch.random.fork_rng(devices=[]):
+    # Eager: Kron compiles its step for every shape.
+    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
         twin = twin_of(optimizer, [{**options, "params": stand_ins}])
         states = []
         for _ in range(1 + group.get("lookahead_k", 1)):
@@ -416,13 +419,15 @@ def _dry_run(optimizer: torch.optim.Optimizer, group: dict) -> tuple[dict, dict[
 
 
 def _form(value: Any, name: str = "") -> str:
-    """Type and shape of an entry; a number that no step leaves behind, such as a negative count, is its own form."""
+    """Type and shape of an entry; a choice, and a number that no step leaves behind, such as -1, are their own form."""
     if isinstance(value, Tensor):
         if name == "step" and not value.dim() and not 0 <= value.item() < math.inf:
             return f"{value.item()}"
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     if isinstance(value, list | tuple):
         return f"a list of {', '.join(map(_form, value)) or 'nothing'}"
+    if isinstance(value, bool):
+        return str(value)
     if type(value) in (int, float):
         return "a number" if 0 <= value < math.inf else f"{value}"
     return type(value).__name__

@@ -100,7 +100,7 @@ def train_one_epoch(
     start_step: int = 0,
     print_freq: int = 10,
     seed_step: Callable[[int], None] = lambda step: None,
-    set_rate: Callable[[int], None] = lambda optimizer_step: None,
+    begin_step: Callable[[int], None] = lambda optimizer_step: None,
     after_step: Callable[[int], None] = lambda steps_done: None,
 ) -> dict[str, float]:
     """Trains over ``loader`` once.
@@ -113,7 +113,8 @@ def train_one_epoch(
         start_step: Batches of this epoch that an earlier process has done.
         print_freq: Batches between console lines; only there does the host wait for the device.
         seed_step: Called with the batch's number before its random draws (erasing, mixup, dropout, drop-path).
-        set_rate: Called with the number of the optimizer step before its first batch; sets the learning rate.
+        begin_step: Called with the number of the optimizer step before its first batch; sets the learning rate and the
+            seed of the optimizer's draws.
         after_step: Called with the number of batches done after each optimizer step; may save or raise.
 
     Returns:
@@ -136,7 +137,7 @@ def train_one_epoch(
         group_start = step - step % trainer.grad_accum  # the last group of an epoch may be smaller
         group_end = min(group_start + trainer.grad_accum - 1, last)
         if step == group_start:
-            set_rate(step // trainer.grad_accum)
+            begin_step(step // trainer.grad_accum)
         loss = forward_backward(trainer, images, targets, sync=step == group_end, parts=group_end - group_start + 1)
         if step == group_end:
             optimizer_step(trainer)

@@ -76,7 +76,7 @@ def fit(
         loader_train.sampler.set_epoch(epoch, start=first_step * loader_train.batch_size)
         steps = first_step + len(loader_train)
         if first_step:  # an epoch that was stopped after its last batch is saved with the rate of that one
-            set_rate(trainer, plan, epoch, (first_step - 1) // args.grad_accum)
+            begin_step(trainer, plan, args.seed, epoch, (first_step - 1) // args.grad_accum)
         after_step = partial(save_or_stop, args, saver, stop, epoch, meters)
         tracer = None
         if to_trace and len(loader_train):
@@ -93,7 +93,7 @@ def fit(
                 start_step=first_step,
                 print_freq=args.print_freq,
                 seed_step=partial(utils.seed_everything, args.seed, world.rank, epoch),
-                set_rate=partial(set_rate, trainer, plan, epoch),
+                begin_step=partial(begin_step, trainer, plan, args.seed, epoch),
                 after_step=after_step,
             )
         seconds = time.time() - epoch_began
@@ -155,9 +155,10 @@ def check_images(start: Start, loader_train: DataLoader, world: World) -> tuple[
     return start, data
 
 
-def set_rate(trainer: engine.Trainer, plan: optim.LRPlan, epoch: int, step: int) -> None:
-    """Puts the plan's rate for optimizer step ``step`` of ``epoch`` into force."""
+def begin_step(trainer: engine.Trainer, plan: optim.LRPlan, seed: int, epoch: int, step: int) -> None:
+    """Puts the plan's rate for optimizer step ``step`` of ``epoch`` into force, and the seed of its draws."""
     optim.set_lr(trainer.optimizer, plan(epoch, step))
+    optim.seed_draws(trainer.optimizer, seed, epoch, step)
 
 
 def open_recorder(

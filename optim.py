@@ -1,15 +1,36 @@
 """The optimizer's parameter groups and the learning rate of every step."""
 
 import argparse
+import inspect
+import math
+from collections.abc import Sequence
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
+from timm.optim import Muon, create_optimizer_v2, get_optimizer_class, get_optimizer_info, optimizer_kwargs
+from timm.optim.kron import Kron
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
 # One kernel for many parameters. Under a loss scaler it also skips a step with infinite gradients on the device; the
 # other kinds let the host wait for the device at every step to know.
 HAVE_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+
+# Arguments of optimizers that have a flag of their own, and the flag.
+FLAGS = {
+    "lr": "--lr",
+    "weight_decay": "--weight-decay",
+    "betas": "--opt-betas",
+    "eps": "--opt-eps",
+    "momentum": "--momentum",
+    "layer_decay": "--layer-decay",
+}
+# Arguments without a use here: CUDA graphs, gradients of the step, training backwards; and see seed_draws.
+NOT_HERE = ("capturable", "differentiable", "maximize", "deterministic")
+MAX_OWN, MAX_NS_STEPS = 10**9, 100  # a mistyped number of iterations would take years
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 
 
 def scaled(rate: float, args: argparse.Namespace, world_size: int) -> float:
@@ -22,16 +43,120 @@ def scaled_lr(args: argparse.Namespace, world_size: int) -> float:
     return args.lr if args.unscale_lr else scaled(args.lr, args, world_size)
 
 
+def plain_name(opt: str) -> str:
+    """timm's name of an optimizer without ``lookahead_``."""
+    return opt.lower().removeprefix("lookahead_")
+
+
+def optimizer_class(opt: str) -> type[torch.optim.Optimizer]:
+    """The class of an optimizer of timm, with ``lookahead_`` the wrapped one's.
+
+    Raises:
+        Exception: Of several kinds, where timm does not know it or it needs a package or a device that is not here.
+    """
+    return get_optimizer_class(plain_name(opt), bind_defaults=False)
+
+
+class Argument(NamedTuple):
+    """An argument of an optimizer: the type that its signature declares, its default, and its largest value.
+
+    The optimizers themselves refuse few values; below 0, an argument is only where its default is.
+    """
+
+    hint: Any
+    default: Any
+    high: float = MAX_OWN
+
+    def takes(self, value: Any) -> bool:
+        """Whether ``value``, from the command line, is of the type and in the range."""
+        return _is_of(value, self.hint) and (type(value) not in (int, float) or self._low() <= value <= self.high)
+
+    def _low(self) -> float:
+        return -self.high if type(self.default) in (int, float) and self.default < 0 else 0
+
+    def wants(self) -> str:
+        """Type and range in words: ``a whole number from 0 to 100``."""
+        words = _in_words(self.hint)
+        if self._low() < 0 or "number" not in words:
+            return words
+        return words.replace(
+            "number", "number of 0 or more" if self.high == MAX_OWN else f"number from 0 to {self.high}"
+        )
+
+
+def own_arguments(opt: str) -> dict[str, Argument]:
+    """What ``--opt-kwargs`` may hold for an optimizer: its constructor's arguments without those of :data:`FLAGS`.
+
+    Muon takes timm's two arguments on which parameters its AdamW gets, too.
+    """
+    cls = optimizer_class(opt)
+    hints, defaults = get_type_hints(cls.__init__), get_optimizer_info(plain_name(opt)).defaults or {}
+    found = {}
+    for name, parameter in list(inspect.signature(cls).parameters.items())[1:]:
+        if name not in (*FLAGS, *NOT_HERE):
+            kind = type(parameter.default)  # where nothing is declared; 0 may stand for any number
+            hint = hints.get(name, float if kind is int else kind)
+            high = MAX_NS_STEPS if name == "ns_steps" else MAX_OWN
+            found[name] = Argument(hint, defaults.get(name, parameter.default), high)
+    if cls is Muon:
+        found["fallback_list"] = Argument(Sequence[str], ())
+        found["fallback_no_weight_decay"] = Argument(bool, False)
+    return found
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    kinds = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is_of(value, kind) for kind in kinds)
+    if get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and len(value) == len(kinds) and all(map(_is_of, value, kinds))
+    if get_origin(hint) in (list, Sequence):
+        return isinstance(value, list | tuple) and all(_is_of(entry, kinds[0]) for entry in value)
+    if hint is float:
+        return type(value) is int or (type(value) is float and math.isfinite(value))
+    return value in DTYPES if hint is torch.dtype and isinstance(value, str) else type(value) is hint
+
+
+def _in_words(hint: Any) -> str:
+    kinds = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(filter(None, map(_in_words, kinds)))
+    if get_origin(hint) is tuple:
+        return f"({', '.join(map(_in_words, kinds))})"
+    if kinds:
+        return f"a list, each {_in_words(kinds[0])}"
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a word", NoneType: "None"}
+    return words.get(hint, " or ".join(DTYPES) if hint is torch.dtype else "")
+
+
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """timm's optimizer over two groups: no decay (1-D parameters, biases, tokens, position embeddings), then decay.
 
     With ``--layer-decay``: two such groups for each layer of the model's ``group_matcher``, with its ``lr_scale``.
+    ``--opt-kwargs`` go to its constructor; the names of :data:`DTYPES` become types where it takes these.
     """
     kwargs = optimizer_kwargs(args) | {"lr": lr}
-    plain_name = args.opt.lower().removeprefix("lookahead_")
-    if issubclass(get_optimizer_class(plain_name, bind_defaults=False), HAVE_FUSED):
+    cls, own = optimizer_class(args.opt), dict(args.opt_kwargs)
+    if issubclass(cls, HAVE_FUSED) and not own.get("foreach"):
         kwargs["fused"] = True
-    return create_optimizer_v2(model, **kwargs)
+    if cls is Kron:
+        kwargs["deterministic"] = True  # it draws from its own generator alone: see seed_draws
+    if own:
+        known = own_arguments(args.opt)
+        for name, value in own.items():
+            if isinstance(value, str) and torch.dtype in (known[name].hint, *get_args(known[name].hint)):
+                own[name] = DTYPES.get(value, value)
+    return create_optimizer_v2(model, **(kwargs | own))
+
+
+def seed_draws(optimizer: torch.optim.Optimizer, *address: int) -> None:
+    """Makes an optimizer's random draws of a step a function of ``address``, such as (seed, epoch, step).
+
+    Kron is the only one that draws. Its draws must not depend on the rank, or the processes' weights would part.
+    """
+    plain = getattr(optimizer, "_base_optimizer", optimizer)
+    if isinstance(plain, Kron):
+        plain.rng.seed(int(np.random.SeedSequence(address, spawn_key=(2,)).generate_state(1)[0]))
 
 
 class LRPlan:

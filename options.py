@@ -257,6 +257,14 @@ def _optimizer(parser: argparse.ArgumentParser) -> None:
         "--opt-betas", default=None, type=float, nargs="+", metavar="B", help="betas; default: the optimizer's own"
     )
     group.add(
+        "--opt-kwargs",
+        nargs="*",
+        default={},
+        action=KeyValues,
+        metavar="KEY=VALUE",
+        help="further arguments of the optimizer, e.g. nesterov=True ns_steps=6 (docs/optimizers.md)",
+    )
+    group.add(
         "--clip-grad",
         type=float,
         default=None,

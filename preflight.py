@@ -5,16 +5,18 @@ mistyped value ends a run in its first second, not after its data set was listed
 """
 
 import argparse
+import difflib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from functools import partial
 from itertools import chain
 
 import torch
 from PIL import Image
 from timm.data import resolve_data_config
-from timm.optim import param_groups_layer_decay
+from timm.optim import get_optimizer_info, kron, param_groups_layer_decay
 from torch import nn
 from torchvision import transforms
 
@@ -35,7 +37,7 @@ MODEL_FLAGS = (
     *("model", "model_kwargs", "remedy", "remedy_kwargs", "input_size", "drop", "drop_path", "grad_checkpointing"),
     "num_classes",
 )
-OPTIMIZER_FLAGS = ("opt", "opt_eps", "opt_betas", "momentum", "weight_decay", "lr")
+OPTIMIZER_FLAGS = ("opt", "opt_kwargs", "opt_eps", "opt_betas", "momentum", "weight_decay", "lr")
 SCHEDULE_FLAGS = (
     *("sched", "lr", "epochs", "warmup_epochs", "warmup_lr", "min_lr", "decay_epochs", "decay_rate"),
     *("lr_noise", "lr_noise_pct", "lr_noise_std", "batch_size", "grad_accum", "sched_on_updates", "scale_min_lr"),
@@ -91,6 +93,7 @@ def check_recipe(args: argparse.Namespace, model: nn.Module, world_size: int = 1
         if not all(math.isfinite(rate) and rate >= 0 for rate in (lr, *map(plan, range(args.epochs)))):
             raise ValueError("a learning rate is negative or not finite")
     with blame(args, *OPTIMIZER_FLAGS):
+        check_optimizer(args, model)
         step_once(args)
     if args.layer_decay is not None:
         with blame(args, "layer_decay", "model"):
@@ -186,10 +189,50 @@ def mix_once(args: argparse.Namespace) -> None:
     criterion(None, torch.zeros(2, classes), targets)
 
 
+def check_optimizer(args: argparse.Namespace, model: nn.Module) -> None:
+    """``--opt``, and the names and types of ``--opt-kwargs``; their values are the business of :func:`step_once`.
+
+    Raises:
+        ArgumentError: With the optimizer's own arguments.
+    """
+    own = optim.own_arguments(args.opt)
+    if get_optimizer_info(optim.plain_name(args.opt)).second_order:
+        raise ArgumentError(
+            f"--opt {args.opt}: it needs second derivatives, which this training does not compute; take another"
+        )
+    if optim.optimizer_class(args.opt) is kron.Kron and not kron.has_opt_einsum:
+        raise ArgumentError(
+            f"--opt {args.opt}: without the package opt_einsum its step takes the memory of many models; install that, "
+            "or take another"
+        )
+    listed = ", ".join(f"{name}={argument.default}" for name, argument in own.items()) or "none"
+    for name, value in args.opt_kwargs.items():
+        given = f"--opt-kwargs {name}={value}"
+        if name in optim.FLAGS:
+            raise ArgumentError(f"{given}: use {optim.FLAGS[name]}")
+        if name not in own:
+            near = difflib.get_close_matches(name, own, 1)
+            meant = f", but {near[0]}" if near else ""
+            raise ArgumentError(f"{given}: --opt {args.opt} takes no {name}{meant}; its own arguments: {listed}")
+        if not own[name].takes(value):
+            raise ArgumentError(f"{given}: give {own[name].wants()}; the arguments of --opt {args.opt}: {listed}")
+    for pattern in args.opt_kwargs.get("fallback_list", ()):
+        if not any(fnmatch(name, pattern) for name, _ in model.named_parameters()):
+            raise ArgumentError(
+                f"--opt-kwargs fallback_list: no parameter of --model {args.model} is named {pattern!r}"
+            )
+
+
 def step_once(args: argparse.Namespace) -> None:
-    """One step of the optimizer: some look at their arguments only there."""
-    probe = nn.Linear(2, 2)
-    optimizer = optim.build_optimizer(argparse.Namespace(**(vars(args) | {"layer_decay": None})), probe, args.lr)
-    for parameter in probe.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
+    """Steps of the optimizer: some look at their arguments only there, some give NaN for what they should refuse."""
+    probe = nn.Linear(8, 8)  # Muon takes no smaller ones than 4 x 4 for a matrix
+    own = {name: value for name, value in args.opt_kwargs.items() if name != "fallback_list"}
+    reduced = argparse.Namespace(**(vars(args) | {"layer_decay": None, "opt_kwargs": own}))
+    optimizer = optim.build_optimizer(reduced, probe, args.lr)
+    with torch.compiler.set_stance("force_eager"):  # Kron compiles its step, which takes half a minute
+        for _ in range(3 if own else 1):
+            for parameter in probe.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+    if own and not all(parameter.isfinite().all() for parameter in probe.parameters()):
+        raise ValueError("three steps of the optimizer give infinite or undefined weights")

@@ -6,10 +6,12 @@ import pytest
 import timm
 import torch
 from conftest import golden_json
+from timm.optim import list_optimizers
 from timm.scheduler import CosineLRScheduler
 
 import models  # noqa: F401  (registers the zoo)
 import optim
+import oversmoothing
 from checkpoints import load_optimizer
 from options import get_args_parser
 from oversmoothing.weights import CheckpointError
@@ -213,3 +215,55 @@ def test_kinds_that_have_a_fused_kernel_use_it(name: str, fused: bool | None) ->
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
+
+
+# ---- arguments of the optimizer's own ----
+@pytest.mark.parametrize("remedy", oversmoothing.list_remedies())
+def test_muon_takes_matrices_and_leaves_vectors_to_adamw(remedy: str) -> None:
+    """A remedy's weights of heads or channels are vectors; without weight decay, as everywhere."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
+    oversmoothing.add_remedy(model, remedy)
+    optimizer = optim.build_optimizer(parse("--opt muon"), model, 1e-3)
+    step(optimizer)
+    kinds = {name: optimizer.state[parameter]["use_muon"] for name, parameter in model.named_parameters()}
+    added = [name for name in kinds if oversmoothing.is_remedy_parameter(name)]
+    matrices = [name for name in added if dict(model.named_parameters())[name].ndim > 1]
+    assert {name for name in added if kinds[name]} == set(matrices)
+    assert bool(matrices) == (remedy in ("gated", "reattention"))
+    assert kinds["blocks.0.attn.qkv.weight"] and kinds["patch_embed.proj.weight"] and kinds["head.weight"]
+    assert not any(kinds[name] for name in ("cls_token", "pos_embed", "norm.weight", "head.bias"))
+    decaying = {id(parameter) for parameter in optimizer.param_groups[1]["params"]}
+    assert not any(id(parameter) in decaying for parameter in model.parameters() if parameter.ndim < 2)
+
+
+def test_muon_gets_its_own_arguments_and_the_parameters_for_adamw() -> None:
+    model = timm.create_model("attnscale_tiny_12", **SIZE)
+    args = parse("--opt nadamuon --momentum 0.95 --opt-kwargs ns_steps=6 nesterov=False fallback_list=['head.*']")
+    optimizer = optim.build_optimizer(args, model, 1e-3)
+    step(optimizer)
+    for group in optimizer.param_groups:
+        assert (group["ns_steps"], group["nesterov"], group["algo"], group["momentum"]) == (6, False, "adamuon", 0.95)
+    assert (
+        not optimizer.state[model.head.weight]["use_muon"]
+        and optimizer.state[model.blocks[0].mlp.fc1.weight]["use_muon"]
+    )
+
+
+@pytest.mark.parametrize(("words", "fused"), [("amsgrad=True", True), ("foreach=True", None), ("fused=False", False)])
+def test_the_fused_kernel_gives_way_to_what_was_asked_for(words: str, fused: bool | None) -> None:
+    optimizer = optim.build_optimizer(parse(f"--opt-kwargs {words}"), torch.nn.Linear(2, 2), 1e-3)
+    assert optimizer.defaults["fused"] == fused
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_types_are_given_by_name(dtype: str) -> None:
+    optimizer = optim.build_optimizer(parse(f"--opt kron --opt-kwargs mu_dtype={dtype}"), torch.nn.Linear(2, 2), 1e-3)
+    assert optimizer.defaults["mu_dtype"] == getattr(torch, dtype)
+
+
+def test_no_argument_of_any_optimizer_is_without_a_type() -> None:
+    """And its default is of that type, or there would be values that nobody can give."""
+    for name in list_optimizers(exclude_filters=["bnb*", "fused*"]):
+        for own, argument in optim.own_arguments(name).items():
+            default = "bfloat16" if argument.default is torch.bfloat16 else argument.default
+            assert argument.wants() and (default is None or argument.takes(default)), (name, own)

@@ -22,6 +22,7 @@ from oversmoothing.weights import ModelError
 MODEL = ("--model", "attnscale_small_12", "--input-size", "32", "--epochs", "4", "--device", "cpu")
 KWARGS = ("--model-kwargs", "embed_dim=32", "depth=2", "num_heads=2", "patch_size=8")
 SIZE = (*MODEL, *KWARGS)
+MUON = ("--opt", "muon", "--opt-kwargs")
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -46,6 +47,22 @@ def check(*words: str) -> nn.Module:
         (["--opt-betas", "0.9"], "--opt-betas 0.9"),
         (["--opt", "adamx"], "--opt adamx"),
         (["--opt", "sgd", "--momentum", "-1"], "--momentum -1.0"),
+        (["--opt", "adahessian"], "--opt adahessian: it needs second derivatives"),
+        ([*MUON, "ns_stps=3"], "--opt-kwargs ns_stps=3: --opt muon takes no ns_stps, but ns_steps; its own"),
+        ([*MUON, "ns_steps=many"], "--opt-kwargs ns_steps=many: give a whole number from 0 to 100"),
+        ([*MUON, "ns_steps=1000000000"], "--opt-kwargs ns_steps=1000000000: give a whole number from 0 to 100"),
+        ([*MUON, "safety_factor=-1"], "safety_factor=-1: give a number of 0 or more"),
+        ([*MUON, "safety_factor=1e999"], "safety_factor=inf: give a number of 0 or more"),
+        ([*MUON, "safety_factor=0"], "--opt muon --opt-kwargs safety_factor=0: not possible"),
+        ([*MUON, "conv_mode=x"], "--opt muon --opt-kwargs conv_mode=x: not possible (ValueError: Invalid conv_mode"),
+        ([*MUON, "nesterov=1"], "nesterov=1: give True or False"),
+        ([*MUON, "fallback_list=head.*"], "fallback_list=head.*: give a list, each a word"),
+        ([*MUON, "fallback_list=['hed.*']"], "no parameter of --model attnscale_small_12 is named 'hed.*'"),
+        ([*MUON, "lr=0.1"], "--opt-kwargs lr=0.1: use --lr"),
+        ([*MUON, "betas=(0.9,0.99)"], "--opt-kwargs betas=(0.9, 0.99): use --opt-betas"),
+        (["--opt-kwargs", "ns_steps=3"], "--opt adamw takes no ns_steps; its own arguments: amsgrad=False"),
+        (["--opt", "mars", "--opt-kwargs", "betas_1d=3"], "betas_1d=3: give (a number of 0 or more, a number of"),
+        (["--opt", "rmsprop", "--opt-kwargs", "alpha=2"], "alpha=2: not possible (ValueError: three steps"),
         (["--sched", "step", "--decay-epochs", "0"], "--decay-epochs 0.0"),
         (
             ["--sched", "step", "--decay-epochs", "1", "--decay-rate", "1e308", "--warmup-epochs", "0"],
@@ -93,6 +110,23 @@ def test_impossible_model_kwargs_are_one_sentence(word: str) -> None:
     with pytest.raises((ArgumentError, ModelError), match="--model") as raised:
         check(*SIZE, word)
     assert word.partition("=")[0] in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("words", [
+    ["muon", "ns_coefficients=polar_express", "fallback_no_weight_decay=True", "fallback_list=['head.*']"],
+    ["nadamuon", "ns_coefficients=[(3.4,-4.8,2.0),(2.8,-3.1,1.2)]"], ["mars", "betas_1d=(0.5,0.9)"],
+    ["adafactor", "decay_rate=-0.7"], ["adafactorbv", "momentum_dtype=float32"], ["lookahead_lion", "caution=True"],
+])  # fmt: skip
+def test_an_optimizers_own_arguments_pass(words: list[str]) -> None:
+    check(*SIZE, "--opt", words[0], "--opt-kwargs", *words[1:])
+
+
+def test_kron_without_opt_einsum_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.kron, "has_opt_einsum", False)
+    with pytest.raises(ArgumentError, match="--opt kronw: without the package opt_einsum"):
+        check(*SIZE, "--opt", "kronw")
+    monkeypatch.setattr(preflight.kron, "has_opt_einsum", True)
+    check(*SIZE, "--opt", "kronw")
 
 
 @pytest.mark.parametrize("word", ["foo", "=3", "a b=3", "1x=2"])

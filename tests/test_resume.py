@@ -248,6 +248,27 @@ def test_signal_during_the_evaluation_saves_the_trained_epoch(recipe: tuple, tmp
     assert_same_results(stopped, whole, epochs=2)
 
 
+# ---- other optimizers ------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", [
+    ("nadamuon", "--opt-kwargs", "ns_steps=3", "fallback_list=['head.*']"), ("lookahead_lamb",)
+], ids=lambda words: words[0])  # fmt: skip
+def test_other_optimizers_resume_exactly(optimizer: tuple[str, ...], recipe: tuple, tmp_path: Path) -> None:
+    """Lookahead's copies of the weights begin with step 6, Lamb counts its steps in its groups."""
+    flags = (*recipe, "--num_workers", 0, "--epochs", 2, "--opt", *optimizer)
+    for folder in (whole := tmp_path / "whole", stopped := tmp_path / "stopped"):
+        folder.mkdir()
+    with Ranks(*flags, "--output_dir", whole, folder=whole) as run:
+        run.expect(0)
+    with Ranks(*flags, "--output_dir", stopped, folder=stopped) as run:
+        run.wait_for("Epoch: [0]  [1/4]")
+        run.signal(signal.SIGTERM, rank=1)
+        run.expect(entry.EXIT_PREEMPTED)
+    with Ranks(*flags, "--output_dir", stopped, folder=stopped) as run:
+        run.expect(0)
+    assert_same_results(stopped, whole, epochs=2)
+
+
 # ---- torchrun --------------------------------------------------------------------------------------------------------
 def _torchrun(*words: object) -> list[str]:
     """The command of a two-process run: flags of torchrun, "main.py" and its flags."""
