@@ -5,6 +5,8 @@ import io
 import json
 import os
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -468,6 +470,35 @@ def test_first_values_are_let_go_after_evaluation() -> None:
     with torch.no_grad():
         model(torch.randn(2, 3, 32, 32))
     assert model.blocks[0].attn.conversion.first_values.v is None
+
+
+def test_threads_do_not_get_each_others_first_values() -> None:
+    """As ``DataParallel`` runs its copies of a model, which share all but their parameters."""
+    model, both_began = randomized(add_remedy(vit(), "value_residual")).eval(), threading.Barrier(2, timeout=60)
+    batches = torch.randn(2, 1, 3, 32, 32)
+    with torch.no_grad():
+        expected = [model(images) for images in batches]
+
+    def wait(block: nn.Module, args: tuple) -> None:
+        both_began.wait()
+
+    model.blocks[1].register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as threads:  # with gradients: the values stay where they are
+        for logits, alone in zip(threads.map(model, batches), expected, strict=True):
+            torch.testing.assert_close(logits, alone)
+
+
+@pytest.mark.parametrize("name", ["neutreno", "value_residual"])
+def test_gradients_of_each_image_through_torch_func(name: str) -> None:
+    model, x = randomized(add_remedy(vit(), name)), torch.randn(2, 3, 32, 32)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (image[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for key, gradient in gradients(model, x).items():
+        torch.testing.assert_close(each[key].sum(0), gradient, rtol=1e-3, atol=1e-4, msg=key)
 
 
 def test_torch_export(converted: nn.Module) -> None:

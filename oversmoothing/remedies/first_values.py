@@ -1,5 +1,6 @@
 """The first layer's values, handed on to the later layers of the same forward pass."""
 
+import threading
 import weakref
 from functools import partial
 from typing import Any
@@ -16,13 +17,18 @@ class FirstValues:
     values of their own forward pass: with two passes waiting for backward, or with reentrant checkpointing, which cuts
     the graph, they would get others, so both are refused.
 
+    Threads that run the model at the same time, as ``DataParallel``'s do, each get their own. Compilers know no
+    threads, and backward may run the layers again in another one: there the last forward pass counts.
+
     Args:
         last_index: The layer after which nobody asks for the values.
     """
 
     def __init__(self, last_index: int) -> None:
         self.last_index = last_index
-        self.v: Tensor | None = None
+        self.v: Tensor | None = None  # of the last forward pass
+        self.own = threading.local()  # with ``v``, of this thread's
+        self.compiled = False  # whether the last ``put`` was compiled
         self.with_grad = False
         self.waiting: weakref.WeakSet[_Pass] = weakref.WeakSet()  # passes whose backward has not come here yet
 
@@ -36,8 +42,12 @@ class FirstValues:
     def put(self, v: Tensor) -> None:
         """Keeps the first layer's values."""
         self.v = v
+        self.compiled = torch.compiler.is_compiling()
         self.with_grad = torch.is_grad_enabled()
-        if v.requires_grad and not torch.compiler.is_compiling() and not _in_backward():
+        if self.compiled or _in_backward():
+            return
+        self.own.v = v
+        if v.requires_grad:
             this_pass = _Pass()  # lives as long as the graph
             self.waiting.add(this_pass)
             v.register_hook(partial(_reached, self.waiting, this_pass))
@@ -49,8 +59,11 @@ class FirstValues:
             RuntimeError: If they are not those of this forward pass.
         """
         v = self.v
-        if not torch.compiler.is_compiling() and _in_backward():
-            self._refuse_other_passes()
+        if not torch.compiler.is_compiling():
+            if _in_backward():
+                self._refuse_other_passes()
+            elif not self.compiled:
+                v = getattr(self.own, "v", None)
         if v is None or v.shape != shape:
             found = "missing" if v is None else f"of shape {tuple(v.shape)}, this layer's of {tuple(shape)}"
             raise RuntimeError(
@@ -58,6 +71,8 @@ class FirstValues:
             )
         if index == self.last_index and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
             self.v = None
+            if not torch.compiler.is_compiling():
+                self.own.v = None
         return v
 
     def _refuse_other_passes(self) -> None:
