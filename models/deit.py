@@ -7,6 +7,7 @@ from timm.models import checkpoint
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, fx, jit
 
+from oversmoothing.converted import RemediedNorm
 from oversmoothing.fused.folding import FoldedAttention, any_hooks, foldables, share_folds
 from oversmoothing.remedies.attnscale import AttnScaleAttention
 from oversmoothing.remedies.featscale import FeatScaleBlock
@@ -74,6 +75,8 @@ class DeiT(VisionTransformer):
             and len(self.blocks) > 1
             and type(last) in (Block, FeatScaleBlock)
             and not isinstance(x, fx.Proxy)
+            and not isinstance(last.norm2, RemediedNorm)  # which mixes tokens
+            and not isinstance(self.norm, RemediedNorm)
             and not any_hooks(last)
             and not any_hooks(self.norm)
         )

@@ -423,6 +423,11 @@ def test_distributed_data_parallel(converted: nn.Module) -> None:
         torch.testing.assert_close(found[f"module.{name}"], gradient, msg=name)
 
 
+def test_the_last_block_has_all_tokens_that_a_remedy_needs(converted: nn.Module) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(converted(x), converted.forward_head(converted.forward_features(x)))
+
+
 def test_gradient_checkpointing(converted: nn.Module) -> None:
     x = torch.randn(2, 3, 32, 32)
     expected = gradients(converted, x)
