@@ -4,12 +4,9 @@ The class-attention blocks get no remedy. Names keep the capital letters of the 
 which also keeps them apart from timm's own (``cait_s24_224``).
 """
 
-from collections.abc import Hashable, Iterator
+from timm.models.cait import checkpoint_filter_fn
 
-from timm.models.cait import Cait, checkpoint_filter_fn
-from torch import Tensor, jit
-
-from oversmoothing.fused.folding import Foldable, foldables, share_folds
+from oversmoothing.fused.models import FoldedCait
 from oversmoothing.remedies.attnscale import AttnScaleTalkingHeadAttn
 from oversmoothing.remedies.featscale import FeatScaleLayerScaleBlock
 
@@ -18,26 +15,8 @@ from .registry import data_configs, register_variants
 __all__ = ["CaiT"]  # registration adds the name of each variant
 
 
-class CaiT(Cait):
+class CaiT(FoldedCait):
     """timm's ``Cait``, whose patch self-attention blocks have what remedies fold into them made together."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> logits (B, num_classes)."""
-        if not jit.is_scripting():
-            return self._forward_eagerly(x)
-        return self.forward_head(self.forward_features(x))
-
-    @jit.unused
-    def _forward_eagerly(self, x: Tensor) -> Tensor:
-        with share_folds(() if self.grad_checkpointing else self._foldables(), x):
-            return super().forward(x)
-
-    def _foldables(self) -> Iterator[tuple[Hashable, Foldable]]:
-        yield from foldables(self.blocks)
-        num_tokens = self.patch_embed.num_patches
-        for block in self.blocks:
-            if isinstance(block.attn, AttnScaleTalkingHeadAttn) and block.attn.fused_attn:
-                yield (block.attn, num_tokens), block.attn.foldable_mixing(num_tokens)
 
 
 _PLAIN: dict = {}

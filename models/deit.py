@@ -4,11 +4,12 @@ from functools import partial
 
 from timm.layers import DropPath, trunc_normal_, use_fused_attn
 from timm.models import checkpoint
-from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from torch import Tensor, fx, jit
 
 from oversmoothing.converted import RemediedNorm
-from oversmoothing.fused.folding import FoldedAttention, any_hooks, foldables, share_folds
+from oversmoothing.fused.folding import FoldedAttention, any_hooks
+from oversmoothing.fused.models import FoldedVisionTransformer
 from oversmoothing.remedies.attnscale import AttnScaleAttention
 from oversmoothing.remedies.featscale import FeatScaleBlock
 
@@ -17,7 +18,7 @@ from .registry import data_configs, register_variants
 __all__ = ["DeiT"]  # registration adds the name of each variant
 
 
-class DeiT(VisionTransformer):
+class DeiT(FoldedVisionTransformer):
     """timm's ``VisionTransformer`` whose class token starts as DeiT's does: trunc-normal 0.02 (timm 1.x: 1e-6).
 
     Calling it is faster than ``forward_head(forward_features(x))`` and gives the same: see ``first_tokens``.
@@ -52,18 +53,11 @@ class DeiT(VisionTransformer):
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Images (B, 3, H, W) -> logits (B, num_classes)."""
-        if not jit.is_scripting():
-            return self._forward_eagerly(x, attn_mask, is_causal)
-        return self.forward_head(self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal))
-
     @jit.unused
-    def _forward_eagerly(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        with share_folds(() if self.grad_checkpointing else foldables(self.blocks), x):
-            if self._reads_prefix_only(x) and attn_mask is None and not is_causal:
-                return self._forward_prefix(x)
-            return self.forward_head(self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal))
+    def _forward_shared(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        if self._reads_prefix_only(x) and attn_mask is None and not is_causal:
+            return self._forward_prefix(x)
+        return super()._forward_shared(x, attn_mask, is_causal)
 
     @jit.unused
     def _reads_prefix_only(self, x: Tensor) -> bool:

@@ -20,6 +20,7 @@ from torch import nn
 
 from .attention import UnsupportedAttentionError, attention_layers
 from .converted import Conversion, Converted, Remedied, RemediedBlock, RemediedNorm, converted_class
+from .fused.models import FoldedCait, FoldedVisionTransformer
 from .remedies import REMEDIES, AttentionRemedy, BranchRemedy, Layer, LayerShape, NormRemedy, Remedy, RemedyError
 from .remedies.base import state_on_meta
 from .remedies.featscale import FeatScale
@@ -27,6 +28,9 @@ from .remedies.first_values import FirstValues
 
 # What the library's own attention layers are without their fast paths, which know nothing of other remedies.
 UNFOLDED = {folded: plain for plain, folded in FeatScale.native_attention.items()}
+
+# What timm's models become where a layer with a remedy built in can be folded; subclasses of theirs stay what they are.
+FOLDED_MODELS = {VisionTransformer: FoldedVisionTransformer, Cait: FoldedCait}
 
 Layers = slice | Sequence[int] | str | None
 Options = Mapping[str, Any]
@@ -371,6 +375,10 @@ class _Plan:
         states = [self._new_state(change) for change in self.changes.values()]
         for change, state in zip(self.changes.values(), states, strict=True):
             _convert(change, state)
+        original = type(self.model)
+        if original in FOLDED_MODELS and any(change.native and change.remedies for change in self.changes.values()):
+            self.model.__class__ = FOLDED_MODELS[original]
+            self.model.conversion = Conversion(original)
 
     def _change(self, module: nn.Module, layer: Layer, mixin: type[Converted], dim: int | None = None) -> _Change:
         if module not in self.changes:

@@ -17,7 +17,7 @@ class Conversion:
     """What was done to one module; its attribute ``conversion``."""
 
     original: type[nn.Module]
-    shape: LayerShape
+    shape: LayerShape | None = None  # None: of a whole model
     remedies: tuple[Remedy, ...] = ()
     first_values: FirstValues | None = None
     state: tuple[str, ...] = ()  # parameters and modules that were added

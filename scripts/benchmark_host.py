@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models  # noqa: F401  (registers the zoo with timm)
+from oversmoothing import add_remedy
 from oversmoothing.fused import talking_heads
 from scripts import markdown
 
@@ -64,11 +65,14 @@ class _OpenTalkingHeads(torch.autograd.Function):
 
 
 class Step:
-    """Forward and backward of a thin model of as many layers as ``name`` has."""
+    """Forward and backward of a thin model of as many layers as ``name`` has; ``name+remedy`` adds one to it."""
 
     def __init__(self, name: str, amp_dtype: torch.dtype | None = torch.bfloat16) -> None:
         torch.manual_seed(0)
+        name, *remedies = name.split("+")
         self.model, self.amp_dtype = timm.create_model(name, **THIN).train(), amp_dtype
+        if remedies:
+            add_remedy(self.model, remedies)
         self.images = torch.randn(2, 3, THIN["img_size"], THIN["img_size"])
 
     def __call__(self) -> None:

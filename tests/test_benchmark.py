@@ -149,7 +149,17 @@ def test_unknown_table_is_refused() -> None:
         benchmark.main(benchmark.get_parser().parse_args(["--only", "models,nope"]))
 
 
-@pytest.mark.parametrize("plain, variants", benchmark_host.COMPARISONS.items(), ids=["deit", "cait"])
+CONVERTED = [
+    (plain, tuple(f"{plain}+{names}" for names in ("attnscale", "featscale", "attnscale+featscale")))
+    for plain in benchmark_host.COMPARISONS
+]
+
+
+@pytest.mark.parametrize(
+    "plain, variants",
+    [*benchmark_host.COMPARISONS.items(), *CONVERTED],
+    ids=["deit", "cait", "converted deit", "converted cait"],
+)
 def test_remedies_call_few_more_operators_than_the_plain_model(plain: str, variants: tuple[str, ...]) -> None:
     """On a GPU a small batch waits for the host, whose time goes by the number of operators."""
     counts = [benchmark_host.count_operators(benchmark_host.Step(name)).total() for name in (plain, *variants)]

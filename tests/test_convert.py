@@ -16,6 +16,8 @@ from architectures import ARCHITECTURES, REFUSED, TRANSFORMERS, build, build_tra
 from conftest import TINY
 from runs import ROOT
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
 import models  # noqa: F401  (registers the zoo)
@@ -426,6 +428,34 @@ def test_distributed_data_parallel(converted: nn.Module) -> None:
 def test_the_last_block_has_all_tokens_that_a_remedy_needs(converted: nn.Module) -> None:
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(converted(x), converted.forward_head(converted.forward_features(x)))
+
+
+def test_fully_sharded(converted: nn.Module) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    expected = gradients(converted, x)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for module in (*converted.blocks, converted):
+            fully_shard(module, mesh=mesh)
+        for _ in range(2):
+            found = {name: gradient.full_tensor() for name, gradient in gradients(converted, x).items()}
+    finally:
+        distributed.destroy_process_group()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("names", ["attnscale", "featscale", ["attnscale", "featscale"]], ids=str)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "cait_xxs24_224"])
+def test_layers_of_a_converted_model_fold_together_as_they_would_alone(name: str, names: str | list[str]) -> None:
+    plain = vit(name)
+    model, x = randomized(add_remedy(copy.deepcopy(plain), names)), torch.randn(2, 3, 32, 32)
+    together = gradients(model, x)
+    model.zero_grad()
+    model.forward_head(model.forward_features(x)).square().sum().backward()
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(together[key], parameter.grad, rtol=1e-4, atol=1e-5, msg=key)
+    assert type(remove_remedy(model)) is type(plain)
 
 
 def test_gradient_checkpointing(converted: nn.Module) -> None:

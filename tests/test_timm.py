@@ -10,7 +10,7 @@ What does not hold is marked ``xfail`` below, beside timm's own ViT or CaiT, whi
 * ``pretrained=True`` at another ``img_size`` on CaiT: timm's filter does not resize its position embedding (our
   ``--finetune`` does).
 
-``torch.func`` and second derivatives, and timm's ``AttentionExtract``, need the maps as tensors: ``fused=False``.
+Second derivatives and timm's ``AttentionExtract`` need the maps as tensors: ``fused=False``.
 """
 
 import copy
@@ -282,7 +282,7 @@ def test_channels_last_changes_nothing(name: str) -> None:
 # ---- derivatives of other kinds --------------------------------------------------------------------------------------
 @every_model
 def test_gradients_of_each_image_through_torch_func(name: str) -> None:
-    model, x = tiny(name, fused=False).eval(), images()
+    model, x = tiny(name).eval(), images()
     parameters = dict(model.named_parameters())
 
     def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from timm.layers import use_fused_attn
 from timm.models.cait import TalkingHeadAttn
 from torch import Tensor
 
-from ..fused.talking_heads import FusedTalkingHeadAttn, mix_heads, recorded, talking_heads
+from ..fused.folding import recorded
+from ..fused.talking_heads import FusedTalkingHeadAttn, mix_heads, talking_heads
 from .heads import Heads
 from .kinds import Kind, dropout_of, register_kind
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .talking_heads import recorded
+from .folding import recorded
 
 
 def can_mix(x: Tensor, tau: float) -> bool:

@@ -28,8 +28,8 @@ def set_fused(model: nn.Module, enabled: bool) -> nn.Module:
     """Switches every fast path of ``model`` off, or on again; the same as building it with ``fused=enabled``.
 
     Off means the definitions: attention maps as tensors, the remedies as written in the paper, every token through the
-    last block. ``torch.func``, second derivatives and timm's ``AttentionExtract`` need that. It sets the attribute
-    ``fused_attn``, timm's own switch, so timm's attention layers follow too, and models built after
+    last block. Second derivatives and timm's ``AttentionExtract`` need that. It sets the attribute ``fused_attn``,
+    timm's own switch, so timm's attention layers follow too, and models built after
     ``timm.layers.set_fused_attn(False)`` have it off from the start. timm's Swin makes its maps unless told otherwise:
     there "on" is more than the default, and changes which kernel computes ``A V``.
 
@@ -54,9 +54,19 @@ def any_hooks(module: nn.Module) -> bool:
     return has_hooks(module) or any(any_hooks(part) for part in module._modules.values() if part is not None)
 
 
+def recorded(x: Tensor) -> bool:
+    """Whether an operator called now is not simply run: ``torch.jit.trace`` and ``torch.fx`` write it down, and
+    ``torch.func`` transforms it. All three know torch's own operators only.
+    """
+    if torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
+        return True
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def can_fold(attn: nn.Module) -> bool:
     """Whether ``attn.proj`` is nothing but its weight and bias: not wrapped (LoRA), parametrised or hooked."""
-    return attn.fused_attn and type(attn.proj) is nn.Linear and not has_hooks(attn.proj)
+    proj = attn.proj
+    return attn.fused_attn and type(proj) is nn.Linear and not has_hooks(proj)
 
 
 class Fold(NamedTuple):
@@ -170,6 +180,8 @@ class _Products(torch.autograd.Function):
         return None, None, *of_stack.unbind(), *of_gains
 
 
+_PLAIN = frozenset({Tensor, nn.Parameter, type(None)})  # types of what may be stacked
+
 _shared: ContextVar[Mapping[Hashable, Fold]] = ContextVar("_shared", default=MappingProxyType({}))
 
 
@@ -190,7 +202,8 @@ def foldables(blocks: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Foldable
     """The blocks that can be folded, or their ``attn``, for ``share_folds``."""
     for block in blocks:
         for layer in (block, getattr(block, "attn", None)):
-            if hasattr(layer, "foldable") and (foldable := layer.foldable()) is not None:
+            # Of the class: a module searches all its dictionaries for a name that it lacks.
+            if hasattr(type(layer), "foldable") and (foldable := layer.foldable()) is not None:
                 yield layer, foldable
                 break
 
@@ -207,23 +220,22 @@ def share_folds(foldables: Iterable[tuple[Hashable, Foldable]], x: Tensor) -> It
         foldables: What to make, each with the key under which its layer looks for it.
         x: The model's input: its device and, under autocast, the precision of the folds.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
+    if torch.compiler.is_compiling() or recorded(x):
         yield
         return
     alike = defaultdict(dict)
     for key, foldable in foldables:
         gains, settings, weight, bias, parameters, num_heads = foldable
-        tensors = (weight, *parameters) if bias is None else (weight, bias, *parameters)
         # Other tensors, such as shards of a parameter, may only be touched in their layer.
-        if parameters and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors):
-            shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-            alike[gains, settings, num_heads, bias is None, shapes][key] = foldable
+        if parameters and _PLAIN.issuperset(map(type, (weight, bias, *parameters))):
+            # The weight's shape and what is made of it decide the other shapes.
+            alike[gains, settings, num_heads, bias is None, weight.shape, weight.dtype][key] = foldable
     device = x.device.type
     # The meta device knows no autocast: asking it whether it is enabled is an error.
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else None
     shared = {}
-    for (gains, settings, num_heads, no_bias, _), group in alike.items():
+    for (gains, settings, num_heads, no_bias, *_), group in alike.items():
         _, _, weights, biases, parameters, _ = zip(*group.values(), strict=True)
         biases = None if no_bias else torch.stack(biases)
         parameters = tuple(torch.stack(tensors) for tensors in zip(*parameters, strict=True))

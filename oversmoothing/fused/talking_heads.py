@@ -17,7 +17,7 @@ from timm.layers import use_fused_attn
 from timm.models.cait import TalkingHeadAttn
 from torch import Tensor
 
-from .folding import Foldable, Gains, can_fold
+from .folding import Foldable, Gains, can_fold, recorded
 
 # Size of one scratch buffer. On a CPU the four of backward should stay in the cache (of 32 MB where it was measured);
 # elsewhere a chunk only has to be large enough that launching its kernels does not count (a guess, not measured:
@@ -85,10 +85,10 @@ class FusedTalkingHeadAttn(TalkingHeadAttn):
         """The mixing after the softmax, with the remedy: weight (num_heads, num_heads) and bias (num_heads,)."""
         return self.proj_w.weight, self.proj_w.bias
 
-
-def recorded(x: Tensor) -> bool:
-    """Whether an operator called now is only written down, by ``torch.jit.trace`` or ``torch.fx``."""
-    return torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy)
+    @torch.jit.unused
+    def foldable_mixing(self, num_tokens: int) -> Foldable | None:
+        """What ``second_mixing`` is made of, where it is not the layer's own."""
+        return None
 
 
 # ---- the operator ----------------------------------------------------------------------------------------------------

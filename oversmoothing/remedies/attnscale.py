@@ -82,7 +82,8 @@ class AttnScaleAttention(FoldedAttention):
             return None
         if self.training and self.attn_drop.p > 0:
             return None
-        return Foldable(projection_gains, (), self.proj.weight, self.proj.bias, (self.lamb,), self.num_heads)
+        proj = self.proj
+        return Foldable(projection_gains, (), proj.weight, proj.bias, (self.lamb,), self.num_heads)
 
     def means(self, v: Tensor) -> Tensor:
         """The mean of the values, (B, num_heads * head_dim)."""
