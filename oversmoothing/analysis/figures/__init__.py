@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from ..results import Result
 from . import distance, eigenvalues, features, maps, rollout, sinks, tokens
 from .differences import difference_pictures
+from .features import draw_overview
 from .parameters import parameter_pictures
-from .style import COLOURS, DIVERGING, LAYER_AXIS, SEQUENTIAL, Drawing, Picture, line_style, panels
+from .style import COLOURS, DIVERGING, LAYER_AXIS, SEQUENTIAL, Drawing, Picture, line_style, logarithmic, panels
 
 __all__ = [
     "COLOURS",
@@ -17,7 +18,9 @@ __all__ = [
     "Drawing",
     "Picture",
     "draw_all",
+    "draw_overview",
     "line_style",
+    "logarithmic",
     "panels",
 ]
 
