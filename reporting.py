@@ -1,11 +1,8 @@
 """What a run writes for people: the description of its model, ``log.txt``, and what ``writers.py`` shows of it."""
 
 import argparse
-import codecs
-import json
 import logging
 import math
-import os
 import shlex
 import statistics
 import sys
@@ -25,6 +22,7 @@ import checkpoints
 import options
 import oversmoothing
 import utils
+from epochlog import OTHER_LINES, EpochLog
 from oversmoothing.analysis import probe
 from oversmoothing.analysis.cost import count_macs
 from utils import SetupError
@@ -241,9 +239,6 @@ def charts(model: nn.Module, watched: bool) -> dict[str, dict]:
     return page
 
 
-OTHER_LINES = "log-other-lines.txt"  # what was in log.txt and is no epoch
-
-
 class Recorder:
     """``log.txt`` and the writers of one run (TensorBoard, W&B), for rank 0 at the end of each epoch.
 
@@ -279,7 +274,10 @@ class Recorder:
         with checkpoints.explain_write_errors(self.folder):
             if fresh:
                 self._set_earlier_run_aside()
-            self.log = EpochLog(self.folder / "log.txt", start_epoch)
+            log = self.folder / "log.txt"
+            if log.exists() and not log.is_file():
+                raise SetupError(f"--output_dir {self.folder}: its log.txt is no file: move it away")
+            self.log = EpochLog(log, start_epoch)
             lines = EpochLog.read(self.log.path)
             done = [line.get(chosen_by) for line in lines]
             self.best_acc1 = max(
@@ -360,73 +358,3 @@ def curves(line: dict) -> dict[str, float]:
         elif name in SPECTRUM_CURVES:
             found |= {f"{name}/layer_{layer:02d}": number for layer, number in enumerate(value) if number is not None}
     return found
-
-
-class EpochLog:
-    """``log.txt``: one JSON object an epoch, each epoch exactly once.
-
-    A line is on disk before the checkpoint that follows it. So whatever a run was killed at, the lines before its
-    resume point are all there, and those from it on are dropped here and written again.
-    """
-
-    def __init__(self, path: Path, start_epoch: int) -> None:
-        self.path = path
-        if path.exists() and not path.is_file():
-            raise SetupError(f"--output_dir {path.parent}: its log.txt is no file: move it away")
-        lines, others = _sort_lines(path.read_bytes()) if path.exists() else ([], [])
-        if others:
-            self._set_aside(others)
-        kept = "".join(json.dumps(line) + "\n" for line in lines if line["epoch"] < start_epoch)
-        temporary = path.with_suffix(".tmp")
-        _write(temporary, "w", kept)
-        os.replace(temporary, path)
-
-    def _set_aside(self, lines: list[bytes]) -> None:
-        target = self.path.with_name(OTHER_LINES)
-        _write(target, "ab", b"".join(line + b"\n" for line in lines))
-        _logger.warning(
-            f"{self.path}: {len(lines)} of its lines are no epochs, or of epochs that come again: moved to "
-            f"{target.name} beside it"
-        )
-
-    def append(self, line: dict) -> None:
-        """Writes one epoch's line and waits until it is on disk."""
-        _write(self.path, "a", json.dumps(line) + "\n")
-
-    @staticmethod
-    def read(path: Path) -> list[dict]:
-        """The epochs of a ``log.txt`` in order; anything else in it is left out."""
-        return _sort_lines(path.read_bytes())[0]
-
-
-def _sort_lines(content: bytes) -> tuple[list[dict], list[bytes]]:
-    """The epochs of a ``log.txt`` in order, and its lines that are none, as people and other programs leave them.
-
-    Of an epoch that occurs twice the later line counts. A last line cut short by a kill is in neither list.
-    """
-    epochs: dict[int, tuple[dict, bytes]] = {}
-    others = []
-    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
-    for number, text in enumerate(lines, start=1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-            is_epoch = isinstance(line, dict) and type(line.get("epoch")) is int and line["epoch"] >= 0
-        except (ValueError, RecursionError):
-            is_epoch = False
-        if is_epoch:
-            if line["epoch"] in epochs:
-                others.append(epochs[line["epoch"]][1])
-            epochs[line["epoch"]] = line, text
-        elif number < len(lines):
-            others.append(text)
-    return [epochs[epoch][0] for epoch in sorted(epochs)], others
-
-
-def _write(path: Path, mode: str, content: str | bytes) -> None:
-    """Writes and waits until it is on disk."""
-    with path.open(mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

@@ -28,13 +28,13 @@ import torch
 
 import utils
 from datasets import DataError
+from epochlog import LogError
 from scripts.comparison import report, run
 from scripts.comparison.flags import StudyError
 from scripts.comparison.launch import Launcher, Local, Queue
 from scripts.comparison.records import epochs_done, find_folder, is_finished
 from scripts.comparison.study import Run, Study
 from scripts.comparison.study_file import arms_from_words, make_study, read_study
-from scripts.plot_log import LogError
 
 
 def get_parser() -> argparse.ArgumentParser:

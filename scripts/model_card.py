@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 import options
 import oversmoothing
 from datasets import NOMINAL_CLASSES, DataOptions, build_transform
+from epochlog import LogError, read_log
 from oversmoothing.analysis import figures, probe
 from oversmoothing.analysis.cost import count_macs
 from oversmoothing.analysis.measurement import measure
@@ -30,7 +31,6 @@ from oversmoothing.analysis.subject import subject_of
 from oversmoothing.weights import CheckpointError
 from scripts import markdown
 from scripts.analysis_images import ImageFiles
-from scripts.plot_log import LogError, read_log
 
 SPECTRUM_IMAGES, BATCH = 128, 16  # of --images: at most so many, and a batch of them
 

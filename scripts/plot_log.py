@@ -8,8 +8,6 @@ top-1 accuracy of each run, which the legend names.
 """
 
 import argparse
-import json
-import math
 import sys
 from pathlib import Path
 
@@ -25,68 +23,12 @@ from matplotlib.figure import Figure  # without pyplot: no display and no global
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito's palette, told apart with any kind of colour vision; without its yellow, too faint on white.
+from epochlog import LogError, read_log
+
+# Those of oversmoothing/analysis/figures.py, which cannot be imported without torch and its seconds.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-QUANTITIES = ("train_loss", "train_lr", "test_loss", "test_acc1", "test_ema_loss", "test_ema_acc1")
 FEW_EPOCHS = 12  # up to here every epoch gets a marker, so that a run of one epoch is visible
-
-
-class LogError(ValueError):
-    """A log that cannot be drawn; the message names the file, the fault and the way out."""
-
-
-def read_log(source: Path) -> list[dict[str, float]]:
-    """Reads a run's epochs in order.
-
-    Args:
-        source: The run's ``log.txt``, or the folder that holds it.
-
-    Returns:
-        One dict an epoch. Of an epoch that occurs twice the later line counts; a last line cut short is left out, and
-        so are values that are not finite.
-
-    Raises:
-        LogError: If there is no such file, or no epoch in it.
-    """
-    path = source / "log.txt" if source.is_dir() else source
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError as error:
-        way_out = "give a run's --output_dir, which gets its log.txt at the end of the first epoch"
-        raise LogError(f"{path}: no such file: {way_out}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise LogError(f"{path}: cannot be read as text ({error}): give a run's log.txt") from error
-    epochs = {}
-    for number, text in enumerate(lines, start=1):
-        try:
-            line = json.loads(text)
-            epochs[_number_of(line)] = _checked(line)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            if number == len(lines) and epochs:
-                break
-            raise LogError(
-                f"{path}: line {number} is not an epoch of a log.txt ({text[:40]!r}): give the one that main.py wrote"
-            ) from error
-    if not epochs:
-        raise LogError(f"{path}: holds no epoch yet: wait for the first one to end")
-    return [epochs[epoch] for epoch in sorted(epochs)]
-
-
-def _number_of(line: dict) -> int:
-    epoch = line["epoch"]
-    if type(epoch) is not int or not 0 <= epoch < 2**31:
-        raise ValueError(f"no number of an epoch: {epoch!r}")
-    return epoch
-
-
-def _checked(line: dict) -> dict[str, float]:
-    """A line without what cannot be drawn because it is infinite or NaN; a word in a number's place is an error."""
-    for name in QUANTITIES:
-        value = line.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float | None):
-            raise TypeError(f"{name} is no number: {value!r}")
-    return {name: value for name, value in line.items() if not isinstance(value, float) or math.isfinite(value)}
 
 
 def run_names(sources: list[Path]) -> list[str]:

@@ -3,12 +3,16 @@
 import json
 import math
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
 from runs import ROOT
+
+from oversmoothing.analysis import figures
 
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "plot_log.py"), run_name="plot_log")
 main, read_log, run_names, LogError = (SCRIPT[name] for name in ("main", "read_log", "run_names", "LogError"))
@@ -32,6 +36,12 @@ def colours_in(path: Path) -> set[tuple[int, int, int]]:
     with Image.open(path) as image:
         assert image.format == "PNG" and min(image.size) > 600
         return set(map(tuple, np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0).tolist()))
+
+
+def test_it_starts_without_torch_and_has_the_palette_of_the_analysis() -> None:
+    code = "import sys, scripts.plot_log as script; print('torch' in sys.modules, script.COLOURS, script.MARKERS)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == f"False {figures.COLOURS} {figures.MARKERS}", done.stderr
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 500])

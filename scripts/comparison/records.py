@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from reporting import EpochLog
+from epochlog import EpochLog
 from scripts.comparison.study import Run
 
 

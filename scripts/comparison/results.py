@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from epochlog import read_log
 from scripts.comparison.records import find_folder, is_finished, read_record
 from scripts.comparison.study import Run
-from scripts.plot_log import read_log
 
 RUN = ["setting", "arm", "seed"]
 
