@@ -8,7 +8,7 @@ from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from torch import Tensor, fx, jit
 
 from oversmoothing.converted import RemediedNorm
-from oversmoothing.fused.folding import FoldedAttention, any_hooks
+from oversmoothing.fused.folding import any_hooks
 from oversmoothing.fused.models import FoldedVisionTransformer
 from oversmoothing.remedies.attnscale import AttnScaleAttention
 from oversmoothing.remedies.featscale import FeatScaleBlock
@@ -67,7 +67,7 @@ class DeiT(FoldedVisionTransformer):
             self.fused_attn
             and self.global_pool == "token"
             and len(self.blocks) > 1
-            and type(last) in (Block, FeatScaleBlock)
+            and (type(last) is Block or "first_tokens" in vars(type(last)))  # a subclass may have another forward
             and not isinstance(x, fx.Proxy)
             and not isinstance(last.norm2, RemediedNorm)  # which mixes tokens
             and not isinstance(self.norm, RemediedNorm)
@@ -97,15 +97,12 @@ def first_tokens(block: Block, x: Tensor, num_tokens: int) -> Tensor:
 
     The head of a class-token classifier reads nothing else of the last block: queries, projection and MLP are needed
     for these tokens alone, keys and values for all (FeatScale's mean needs all queries too). Exact, in training too.
-    Dropout draws for these tokens only: the same law, another random stream.
+    Dropout draws for these tokens only: the same law, another random stream. A block, or else its attention layer, that
+    can save something has a method ``first_tokens`` for its attention branch.
     """
     y = block.norm1(x)
-    if isinstance(block, FeatScaleBlock):
-        y = block.attention_branch(y, num_tokens=num_tokens)
-    elif isinstance(block.attn, FoldedAttention):
-        y = block.attn(y, num_queries=num_tokens)
-    else:
-        y = block.attn(y)[:, :num_tokens]
+    branch = getattr(block, "first_tokens", None) or getattr(block.attn, "first_tokens", None)
+    y = block.attn(y)[:, :num_tokens] if branch is None else branch(y, num_tokens)
     x = x[:, :num_tokens] + block.drop_path1(block.ls1(y))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 

@@ -264,6 +264,10 @@ class FoldedAttention(Attention):
         heads, v = self.heads(x, attn_mask, is_causal, num_queries)
         return self.proj_drop(self.proj(heads))
 
+    def first_tokens(self, x: Tensor, num_tokens: int) -> Tensor:
+        """What the first ``num_tokens`` get: (B, N, C) -> (B, num_tokens, C)."""
+        return self(x, num_queries=num_tokens)
+
     def unprojected(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> tuple[Tensor, Tensor | None]:

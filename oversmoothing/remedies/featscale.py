@@ -166,6 +166,10 @@ class FeatScaleBlock(Block):
             return fused_feat_scale(y, self.lamb1, self.lamb2, self.gain)[:, :num_tokens]
         return feat_scale(y, self.lamb1, self.lamb2, self.gain)[:, :num_tokens]
 
+    def first_tokens(self, x: Tensor, num_tokens: int) -> Tensor:
+        """The attention branch for the first ``num_tokens``: normed tokens (B, N, C) -> (B, num_tokens, C)."""
+        return self.attention_branch(x, num_tokens=num_tokens)
+
     @torch.jit.unused
     def foldable(self) -> Foldable | None:
         """What the fold of the attention branch is made of; None where it cannot be folded."""
