@@ -116,28 +116,6 @@ def dc_gain(attn: Tensor) -> Tensor:
     return as_maps(attn).sum(dim=-1).mean(dim=-1)
 
 
-def second_eigenvalue(attn: Tensor) -> Tensor:
-    """Modulus of a row-stochastic map's second largest eigenvalue: the rate at which its powers become low-pass.
-
-    ``||HC[A^t x]|| / ||DC[A^t x]||`` falls by this factor per power, once t is large.
-
-    Args:
-        attn: Maps of shape (..., N, N), N >= 2. Costs O(N^3) a map and runs on the CPU in most builds.
-
-    Returns:
-        Shape (...), dimensionless, in [0, 1] for row-stochastic maps.
-
-    Raises:
-        ValueError: If the maps are not square or N < 2.
-
-    Source: arXiv 2203.05962, the theorem that powers of a softmax matrix converge to a low-pass filter.
-    """
-    attn = as_maps(attn)
-    if attn.shape[-1] < 2:
-        raise ValueError("a second eigenvalue needs maps of at least 2 x 2")
-    return torch.linalg.eigvals(attn).abs().topk(2, dim=-1).values[..., 1]
-
-
 def attention_entropy(attn: Tensor) -> Tensor:
     """Mean entropy of the rows of softmax maps: 0 when each query picks one key, ``log N`` when all keys get the same.
 
@@ -234,30 +212,6 @@ def high_frequency_ratio(tokens: Tensor) -> Tensor:
     """
     dc, hc = band_energies(tokens)
     return (hc / dc).sqrt()
-
-
-def band_gains(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """Gains of the DC and HC bands between two sequences, channel by channel (least squares).
-
-    With ``before`` the output of an attention branch and ``after`` the same after FeatScale, this reads FeatScale's own
-    factors back from the features: ``1 + gain * lamb1`` and ``1 + gain * lamb2``.
-
-    Args:
-        before: Features of shape (B, N, C).
-        after: Features of the same shape.
-
-    Returns:
-        DC gain and HC gain, each of shape (B, C), dimensionless; ``nan`` where ``before`` has nothing in the band.
-
-    Raises:
-        ValueError: If the shapes differ or are not three-dimensional.
-    """
-    before, after = as_tokens(before), as_tokens(after)
-    if before.shape != after.shape:
-        raise ValueError(f"the sequences must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}")
-    dc_before, dc_after = before.mean(dim=1), after.mean(dim=1)
-    hc_before, hc_after = before - dc_before[:, None], after - dc_after[:, None]
-    return dc_after / dc_before, (hc_after * hc_before).sum(dim=1) / hc_before.square().sum(dim=1)
 
 
 def token_similarity(tokens: Tensor) -> Tensor:
