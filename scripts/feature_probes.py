@@ -144,20 +144,25 @@ def fit_linear(data: Features, chosen: Tensor, *, classes: int, l2: float, itera
     weight = torch.zeros(classes, data.values.shape[1], device=mean.device, requires_grad=True)
     bias = torch.zeros(classes, device=mean.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=iterations, tolerance_grad=1e-5, tolerance_change=0, line_search_fn="strong_wolfe"
+        [weight, bias],
+        max_iter=iterations,
+        max_eval=10 * iterations,
+        tolerance_grad=1e-4 / classes,  # a class has this share of the images, and its gradient of their mean
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
     )
 
     def loss_and_gradient() -> Tensor:
         optimizer.zero_grad()
         loss = l2 / 2 * weight.square().sum()
         loss.backward()
-        total = loss.detach()
+        losses = [loss.detach()]
         for rows in blocks:
             logits = (data.values[rows].float() - mean) / std @ weight.T + bias
             loss = F.cross_entropy(logits, data.labels[rows], reduction="sum") / len(chosen)
             loss.backward()
-            total = total + loss.detach()
-        return total
+            losses.append(loss.detach())
+        return torch.stack(losses).cpu().double().sum()  # float32 is too coarse for the line search near the minimum
 
     optimizer.step(loss_and_gradient)
     return LinearProbe(mean, std, weight.detach(), bias.detach(), optimizer.state[weight]["n_iter"])

@@ -16,7 +16,6 @@ import os
 import sys
 import time
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +39,12 @@ import models  # noqa: F401  (registers the zoo with timm)
 import utils
 from datasets import DATA_SETS, DataError, DataOptions, build_dataset, build_transform, count_classes, split_by_class
 from options import RANGES, Interval, KeyValues
-from oversmoothing import RemedyError, remedies_of, remedy_options
-from oversmoothing.weights import (
-    CheckpointError,
-    ModelError,
-    create_model,
-    model_from_checkpoint,
-    read_checkpoint,
-    trained_with,
-)
+from oversmoothing import remedies_of, remedy_options
+from oversmoothing.weights import create_model, model_from_checkpoint, read_checkpoint, trained_with
 from readers.loader import build_loader, explain_loader_errors, start_workers
 from samplers import build_samplers
 from scripts import markdown
-from scripts.feature_probes import ROWS, Features, LinearProbe, count_correct, fit_linear, knn_correct
+from scripts.feature_probes import ROWS, Features, count_correct, fit_linear, knn_correct
 from utils import SetupError, World
 
 FEATURES = ("pre_logits", "cls", "mean")
@@ -396,7 +388,7 @@ def run_linear(
     if sweep and l2 in (min(args.l2), max(args.l2)):
         say(world, f"note: the best --l2, {l2:g}, is at the end of the sweep: try some beyond it")
     everything = torch.arange(len(train.labels), device=world.device)
-    fitted: LinearProbe = fit_linear(train, everything, classes=classes, l2=l2, iterations=args.linear_iterations)
+    fitted = fit_linear(train, everything, classes=classes, l2=l2, iterations=args.linear_iterations)
     if max(fitted.iterations, *(row["iterations"] for row in sweep), 0) >= args.linear_iterations:
         say(world, f"note: a linear probe had not converged after --linear-iterations {args.linear_iterations}")
     logits = torch.cat([fitted.logits(block) for block in val.values.split(ROWS)])
@@ -497,8 +489,7 @@ def write(
 def cli() -> int:
     """Command line; see the head of this file. Returns the exit code."""
     args = get_parser().parse_args()
-    errors = (ValueError, OSError, SetupError, DataError, ModelError, CheckpointError, RemedyError)
-    return entry.explained(partial(main, args), *errors)
+    return entry.explained(lambda: main(args), ValueError, OSError, SetupError)
 
 
 if __name__ == "__main__":

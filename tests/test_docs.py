@@ -49,6 +49,7 @@ TINY = {
     "scripts/analyze.py": ("--num-images", "0", "--batch-size", "4"),
     "scripts/benchmark.py": ("--rounds", "1", "--warmup", "0", "--batch-size", "1", "--threads", "1"),
     "scripts/benchmark_data.py": ("--rounds", "1", "--images", "8"),
+    "scripts/probe_features.py": ("--num_workers", "0", "--device", "cpu"),
 }
 SWIN_SIZE = ("embed_dim=12", "depths=(2,2)", "num_heads=(1,2)", "patch_size=2", "window_size=4")
 TINY["main.py"] += ("--num_workers", "0", "--device", "cpu", "--print-freq", "1")
@@ -69,6 +70,13 @@ NOT_RUN = {
         "tests/test_commands.py::test_the_scripts_hold_the_papers_seven_commands"
     ),
     r"python scripts/prepare_digits\.py": "tests/test_prepare.py::test_digits_are_split_by_class_and_disjoint",
+    r"torchrun .*--real-labels": (
+        "tests/test_evaluation.py::test_real_accuracy_is_printed_beside_the_plain_one_and_as_json"
+    ),
+    r"python main\.py .*IMNET-V2": "tests/test_evaluation.py::test_imagenet_v2_folders_are_labels",
+    r"(torchrun|python) .*scripts/probe_features\.py .*(--pretrained|nproc_per_node)": (
+        "downloads weights, or starts two processes: tests/test_probe_features.py::test_two_processes_give_the_same"
+    ),
     r"tensorboard --logdir": "tests/test_reporting.py::test_every_chart_of_the_layout_has_curves",
     r"(HF_HUB_OFFLINE=1 )?python main\.py .*hf-hub:": (
         "needs the Hub; from a local one: tests/test_fetch.py::test_a_run_takes_an_address_where_it_takes_a_file"
