@@ -141,7 +141,7 @@ def accuracies(log: list[dict[str, Any]], checkpoint: dict[str, Any], ema: bool)
         Accuracy(what, line["epoch"], line[f"{split}_{average}acc1"], line[f"{split}_{average}acc5"], images)
         for what, line, average in rows
         for split, images in (("test", "test"), ("val", "held out"))
-        if line is not None and f"{split}_{average}acc1" in line
+        if line is not None and {f"{split}_{average}acc1", f"{split}_{average}acc5"} <= line.keys()
     ]
 
 
@@ -178,15 +178,23 @@ def remedy_section(model: nn.Module) -> list[str]:
 def draw_logged(log: list[dict[str, Any]], checkpoint: dict[str, Any]) -> tuple[Figure, str] | None:
     """The spectrum that ``--spectrum-every`` has logged up to the checkpoint's epoch, with a caption, or None."""
     last = checkpoint.get("epoch")
-    logged = [line for line in log if "spectrum_hc_dc_mlp" in line and (last is None or line["epoch"] <= last)]
-    if not logged:
-        return None
-    figure, axes = figures.panels(1, 2, width=4.5, height=3.4)
-    shown = {line["epoch"]: line for line in (logged[0], logged[-1])}
+
+    def is_row(value: Any) -> bool:
+        return isinstance(value, list) and all(type(number) in (int, float, type(None)) for number in value)
+
     panels = {
         "spectrum_token_similarity": ("how alike the tokens are", "cosine similarity of distinct tokens"),
         "spectrum_hc_dc_mlp": ("how much the tokens differ from their mean", "‖HC‖ / ‖DC‖"),
     }
+    logged = [
+        line
+        for line in log
+        if (last is None or line["epoch"] <= last) and all(is_row(line.get(quantity)) for quantity in panels)
+    ]
+    if not logged:
+        return None
+    figure, axes = figures.panels(1, 2, width=4.5, height=3.4)
+    shown = {line["epoch"]: line for line in (logged[0], logged[-1])}
     for ax, (quantity, (title, ylabel)) in zip(axes.flat, panels.items(), strict=True):
         for index, (epoch, line) in enumerate(shown.items()):
             values = [math.nan if value is None else value for value in line[quantity]]
