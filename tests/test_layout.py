@@ -81,12 +81,12 @@ print(analysis.report)
 
 @pytest.mark.slow
 def test_training_on_a_folder_of_images_needs_no_extras(tmp_path: Path) -> None:
-    """webdataset for shards, submitit for its launcher, matplotlib for figures, ONNX for the export."""
+    """webdataset for shards, submitit for its launcher, matplotlib for figures, ONNX for the export, W&B."""
     flags = [*TINY, "--data-path", str(tiny_tree(tmp_path / "data", train=4, val=4))]
     script = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-for name in ("webdataset", "submitit", "matplotlib", "onnx"):
+for name in ("webdataset", "submitit", "matplotlib", "onnx", "wandb"):
     sys.modules[name] = None  # importing it raises ImportError
 sys.argv = ["main.py", *{flags!r}]
 
