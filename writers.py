@@ -153,22 +153,27 @@ class WandbWriter(Writer):
         )  # fmt: skip
         try:
             self.run = wandb.init(**known, resume="must" if resume_id else "allow")
-        except wandb.errors.UsageError as error:
-            raise SetupError(
-                f"--log-wandb: {_first_line(error)} (`wandb login`, or WANDB_API_KEY; WANDB_MODE=offline needs neither "
-                "a login nor a network)"
-            ) from error
+        except (wandb.errors.UsageError, ValueError, TypeError) as error:
+            way_out = ": or set WANDB_API_KEY, or WANDB_MODE=offline" if "API key" in str(error) else ""
+            raise SetupError(f"--log-wandb: {_first_line(error)}{way_out}") from error
         except wandb.errors.Error as error:
-            _logger.warning(
-                f"--log-wandb: no connection to W&B ({_first_line(error)}): this attempt is kept in {folder}/wandb, "
-                "`wandb sync` uploads it"
-            )
-            wandb.teardown()  # the attempt to connect holds the id
-            known["settings"] = settings | {"finish_timeout": 0}  # nothing to wait for but the disk
-            self.run = wandb.init(**known, mode="offline")
-        self.run.define_metric("*", step_metric="epoch")
+            self.run = self._offline(known, error)
+        self._try(lambda: self.run.define_metric("*", step_metric="epoch"))
         # However the process ends without finish(): not as a success. It comes before wandb's own hook.
         atexit.register(self._end, 1)
+
+    def _offline(self, known: dict[str, Any], reason: Exception) -> Any:
+        """The run as its files alone, where the server cannot be reached; None where that is not possible either."""
+        self.wandb.teardown()  # the attempt to connect holds the id
+        known["settings"] |= {"finish_timeout": 0}  # nothing to wait for but the disk
+        kept = f"kept in {known['dir']}/wandb, `wandb sync` uploads it"
+        try:
+            return self.wandb.init(**known, mode="offline")
+        except self.wandb.errors.Error as error:
+            kept = f"not recorded ({_first_line(error)})"
+            return None
+        finally:
+            _logger.warning(f"--log-wandb: no connection to W&B ({_first_line(reason)}): this attempt is {kept}")
 
     def describe(
         self,
@@ -187,8 +192,11 @@ class WandbWriter(Writer):
         self._try(send)
 
     def write(self, epoch: int, scalars: Mapping[str, float], histograms: Mapping[str, Tensor]) -> None:
-        drawn = {name: self.wandb.Histogram(values.numpy()) for name, values in histograms.items()}
-        self._try(lambda: self.run.log({**scalars, **drawn, "epoch": epoch}))
+        def send() -> None:
+            drawn = {name: self.wandb.Histogram(values.numpy()) for name, values in histograms.items()}
+            self.run.log({**scalars, **drawn, "epoch": epoch})
+
+        self._try(send)
 
     def finish(self) -> None:
         self._end(0)

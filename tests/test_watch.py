@@ -66,6 +66,9 @@ def steps_of(trace: Path) -> list[str]:
 def test_a_watched_run_on_two_processes_that_is_killed_and_stopped_is_the_unwatched_one(tmp_path: Path) -> None:
     """One run of W&B with every epoch of log.txt, a trace of each attempt, and not a bit of difference."""
     prepare_digits(tmp_path / "digits", 1, 8)
+    for file in sorted((tmp_path / "digits" / "val").rglob("*.png")):
+        if int(file.stem) % 6:  # a sixth of them is enough to evaluate
+            file.unlink()
     flags = (
         *("--model", "attnscale_small_12", "--model-kwargs", "embed_dim=32", "depth=2", "num_heads=2", "patch_size=8"),
         *("--input-size", 32, "--data-set", "FOLDER", "--data-path", tmp_path / "digits", "--batch-size", 16),
@@ -179,6 +182,11 @@ class BrokenRun:
 
     def log(self, values: dict) -> None:
         raise ConnectionResetError("gone")
+
+
+def test_an_id_that_wandb_refuses_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(writers.SetupError, match="--log-wandb: Run ID cannot contain"):
+        writers.WandbWriter(tmp_path, project=None, tags=[], resume_id="a/b", config={})
 
 
 def test_without_a_login_a_run_ends_with_a_sentence(
