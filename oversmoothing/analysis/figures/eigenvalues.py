@@ -12,8 +12,8 @@ def draw_planes(result: Result) -> Figure:
     """The complex plane, one panel a layer: the eigenvalues of every head and of the sum over heads."""
     figure, axes = layer_panels(result, width=2.3, height=2.2, sharex=True, sharey=True)
     for ax, layer in zip(axes, result.layers, strict=True):
-        ax.axhline(0, color="0.6", linewidth=0.6)
-        ax.axvline(0, color="0.6", linewidth=0.6)
+        ax.axhline(0, color="0.6", linewidth=0.6, zorder=0)
+        ax.axvline(0, color="0.6", linewidth=0.6, zorder=0)
         if "vo_real" not in layer:
             ax.text(0.5, 0.5, "left out", transform=ax.transAxes, ha="center", color="0.4")
             continue
@@ -29,7 +29,7 @@ def draw_planes(result: Result) -> Figure:
     figure.supxlabel("real part", fontsize=10)
     figure.supylabel("imaginary part", fontsize=10)
     figure.suptitle(result.label, fontsize=11)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     return figure
 
 

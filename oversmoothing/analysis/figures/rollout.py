@@ -31,8 +31,9 @@ DRAWINGS = (
         "Attention rollout",
         "The product of (A + I) / 2 from the first to each layer, heads averaged. Left: entropy over the patches of "
         "the class token's row, or of the mean row; the logarithm of the number of patches when uniform. Right: "
-        "towards 0 all tokens are made of the same mixture. The identity stands for the residual branch; MLPs and "
-        f"the size of the branches do not enter, so it says what attention allows, not what the features do. {BANDS}",
+        "towards 0 all tokens are made of the same mixture. With uniform maps it halves in each layer; slower means "
+        "that the maps keep tokens apart. The identity stands for the residual branch; MLPs and the size of the "
+        f"branches do not enter, so it says what attention allows, not what the features do. {BANDS}",
         ("rollout_entropy", "rollout_high_frequency_response"),
         draw_rollout,
     ),
