@@ -136,14 +136,15 @@ def split(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         ValueError: If there are too few classes, or too few images for them.
     """
     count, classes = len(labels), len(np.unique(labels))
-    if classes < 2 or count < LEAST * classes:
+    order = np.random.default_rng(seed).permutation(count)
+    num_held_out = round(HELD_OUT * count)
+    train, held_out = order[num_held_out:], order[:num_held_out]
+    if count < LEAST * classes or len(np.unique(labels[train])) < 2:
         raise ValueError(
             f"a linear probe needs two classes or more and {LEAST} images of each on average, got {count} images of "
             f"{classes}: give more images (--num-images)"
         )
-    order = np.random.default_rng(seed).permutation(count)
-    num_held_out = round(HELD_OUT * count)
-    return order[num_held_out:], order[:num_held_out]
+    return train, held_out
 
 
 def fit_probe(features: np.ndarray, labels: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> Probe:
