@@ -37,6 +37,7 @@ def read_file(path: str | Path, limit: int = MAX_FILE, flags: int = 0) -> bytes:
         OSError: As `open_file`, and if there are more than ``limit`` bytes.
     """
     with os.fdopen(open_file(path, flags), "rb") as file:
-        if os.fstat(file.fileno()).st_size > limit:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
             raise OSError(f"is larger than {limit >> 20} MB")
-        return file.read(limit)
+        return file.read(size)  # read(limit) would have so much memory mapped first, 0.2 ms for each image

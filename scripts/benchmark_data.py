@@ -4,12 +4,13 @@
     python scripts/benchmark_data.py --data-path /data/imagenet # images of that tree (or archive), spread over it
     python scripts/benchmark_data.py --quick
 
-The images are copied to a temporary folder, packed there into one tar and into shards, and read from all three, by the
-plain loader and by --fast-loader. All take turns, each with one worker process, over the same images in the same order.
-The cost of a round is the CPU time of that worker and of the main process that receives its batches, so other programs
-affect it little; the ratio is the median over the rounds. The files are in the file cache: disk and network time are
-not in the table. The device's part of the fast loader (normalisation, erasing) and downloading remote shards are
-reported separately.
+The images are copied to a temporary folder, packed there into one tar, into shards, and into shards of smaller files
+(prepare_wds.py --max-side 400), and read from all four, by the plain loader and by --fast-loader. All take turns, each
+with one worker process, over the same images in the same order. The cost of a round is the CPU time of that worker and
+of the main process that receives its batches, so other programs affect it little; the ratio is the median over the
+rounds. A table of shares says how much of a sample is decoding, cropping and resizing, RandAugment and the rest. The
+files are in the file cache: disk and network time are not in the table. The device's part of the fast loader
+(normalisation, erasing) and downloading remote shards are reported separately.
 """
 
 import argparse
@@ -31,8 +32,6 @@ import torch
 from PIL import Image, ImageEnhance
 from sklearn.datasets import load_sample_images
 
-from readers.loader import build_loader, seeded
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
@@ -40,10 +39,14 @@ import entry
 import fastload
 import samplers
 from readers import shards
+from readers.images import decode, open_image
+from readers.loader import build_loader, seeded
 from scripts import markdown
 from scripts.prepare_wds import prepare_wds
 
 SIZE = (500, 375)  # the most frequent of ImageNet
+MAX_SIDE = 400
+DECODE, REMOTE = "open, decode", "wds, remote"  # a stage, and a loader
 
 
 def make_photographs(folder: Path, number: int, size: tuple[int, int] = SIZE, seed: int = 0) -> None:
@@ -97,17 +100,23 @@ def recipe_of(data_set: str, path: Path) -> datasets.DataOptions:
 
 
 def build_sets(tree: Path, folder: Path, shard_images: int = 64) -> dict[str, Any]:
-    """The training images of a tree, from its files, from an archive and from shards, each plain and fast.
+    """The training images of a tree: its files, an archive, shards, and shards of smaller files; each plain and fast.
 
     Args:
         tree: Of ``train/`` and ``val/``.
-        folder: Gets ``images.tar`` and the folder ``wds``.
+        folder: Gets ``images.tar`` and the folders ``wds`` and ``smaller``.
         shard_images: Images of a shard.
     """
     archive = Path(shutil.make_archive(str(folder / "images"), "tar", tree))
     prepare_wds(tree, folder / "wds", (shard_images, float("inf")), seed=0)
+    prepare_wds(tree, folder / "smaller", (shard_images, float("inf")), seed=0, max_side=MAX_SIDE)
     sets = {}
-    for name, kind, path in (("", "FOLDER", tree), ("archive", "FOLDER", archive), ("wds", "wds", folder / "wds")):
+    for name, kind, path in (
+        ("", "FOLDER", tree),
+        ("archive", "FOLDER", archive),
+        ("wds", "wds", folder / "wds"),
+        (f"wds {MAX_SIDE} px", "wds", folder / "smaller"),
+    ):
         recipe = recipe_of(kind, path)
         sets[name or "plain"] = datasets.build_dataset(True, recipe)[0]
         sets[f"{name} fast".strip()] = fastload.build_dataset(recipe)[0]
@@ -123,7 +132,7 @@ def fetching(folder: Path) -> list[dict[str, Any]]:
         for shard in range(len(split.names)):
             remote.fetch(shard)
         seconds = sum(os.times()[:4]) - began
-    return [dict(loader="wds, remote", stage="fetch (cat), index", ms=1e3 * seconds / len(remote))]
+    return [dict(loader=REMOTE, stage="fetch (cat), index", ms=1e3 * seconds / len(remote))]
 
 
 def data_table(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -147,7 +156,7 @@ def data_table(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows = compare_loaders(
             sets, min(number, 10 * len(sets["plain"])), rounds, getattr(args, "batch_size", None) or 64
         )
-        of_files = {name: sets[name] for name in ("plain", "fast")}
+        of_files = {name: sets[name] for name in ("plain", "fast", f"wds {MAX_SIDE} px fast")}
         rows += stages(of_files, recipe_of("FOLDER", tree), 2 if args.quick else 5)
         rows += fetching(Path(temporary, "wds"))
     print(format_loaders(rows), flush=True)
@@ -200,9 +209,10 @@ def _processor_seconds() -> float:
 
 
 def stages(sets: dict[str, Any], recipe: argparse.Namespace, repeats: int) -> list[dict[str, Any]]:
-    """Milliseconds an image of every step of both transforms, of making a batch, and of the device's part on a CPU."""
+    """Milliseconds an image of every step of the transforms, of making a batch, and of the device's part on a CPU."""
     rows = []
     for name, dataset in sets.items():
+        decodes_later = dataset.loader is open_image
         times: dict[str, float] = defaultdict(float)
 
         def timed(stage: str, step: Callable[..., Any], *inputs: Any, times: dict[str, float] = times) -> Any:
@@ -212,22 +222,44 @@ def stages(sets: dict[str, Any], recipe: argparse.Namespace, repeats: int) -> li
             return output
 
         batch = []
-        files = [path for path, _ in dataset.samples[:64]]
+        files = [dataset.samples[i][0] for i in range(min(64, len(dataset.samples)))]
         for seed in range(repeats):
             batch = []
             for i, path in enumerate(files):
                 with seeded(samplers.sample_seed(seed, 0, 0, i)):
-                    image = timed("open" if name == "fast" else "open, decode", dataset.loader, path)
+                    image = timed("open" if decodes_later else DECODE, dataset.loader, path)
                     for step in dataset.transform.transforms:
                         stage = getattr(step, "__name__", type(step).__name__).strip("_")
                         image = timed(stage, step, image)
                 batch.append(image)
+                if decodes_later:  # it is within the crop's time: once more alone, as a whole
+                    timed(f"{DECODE} (of these)", lambda path: decode(open_image(path)), path)
             batch = timed("collate", torch.stack, batch)
-            if name == "fast":
+            if decodes_later:
                 timed("device's part, on this CPU", fastload.build_device_transform(recipe), batch)
         total = repeats * len(files)
         rows += [dict(loader=name, stage=stage, ms=1e3 * value / total) for stage, value in times.items()]
     return rows
+
+
+def share_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Of each loader: its milliseconds an image in the worker, and the shares of decoding, resizing and RandAugment.
+
+    Args:
+        rows: Of :func:`stages`.
+    """
+    table = []
+    for loader in dict.fromkeys(row["loader"] for row in rows):
+        times = {row["stage"]: row["ms"] for row in rows if row["loader"] == loader}
+        times = {stage: ms for stage, ms in times.items() if not stage.startswith("device")}
+        decoding = times.pop(f"{DECODE} (of these)", 0)
+        total = sum(times.values())
+        crop = sum(times.get(name, 0) for name in ("open", "RandomResizedCropOfFile")) - decoding if decoding else None
+        crop = times.get("RandomResizedCropAndInterpolation", 0) if crop is None else crop
+        parts = decoding or times[DECODE], crop, times.get("RandAugment", 0)
+        shares = [f"{part:.2f} ({part / total:.0%})" for part in (*parts, total - sum(parts))]
+        table.append([loader, *shares, f"{total:.2f}"])
+    return table
 
 
 def format_loaders(rows: list[dict[str, Any]]) -> str:
@@ -239,7 +271,10 @@ def format_loaders(rows: list[dict[str, Any]]) -> str:
     ]
     stages = [[row["loader"], row["stage"], f"{row['ms']:.3f}"] for row in rows if "stage" in row]
     first = markdown.table(("loader", "images/s per core", "ratio", "wall ratio"), loaders)
-    return f"\n{first}\n\n{markdown.table(('loader', 'stage', 'ms an image'), stages, text_columns=2)}"
+    of_transforms = [row for row in rows if "stage" in row and row["loader"] != REMOTE]
+    header = ("loader, ms an image", DECODE, "crop, resize", "RandAugment", "rest", "all")
+    shares = markdown.table(header, share_rows(of_transforms))
+    return f"\n{first}\n\n{shares}\n\n{markdown.table(('loader', 'stage', 'ms an image'), stages, text_columns=2)}"
 
 
 def main() -> None:

@@ -13,10 +13,16 @@ A run that was stopped continues when it is started again: finished shards are c
 unfinished one never has its final name. _info.json is written last: without it the folder is incomplete. A complete
 folder can be copied to any web server or bucket.
 
+    python scripts/prepare_wds.py --data-path /data/imagenet --output /data/imagenet-400 --max-side 400
     python scripts/prepare_wds.py --index /data/their-wds   # index existing shards (train-*.tar, val-*.tar)
+
+--max-side makes smaller files, which are faster to read and decode: training images with a longer side are resized and
+saved as JPEG of quality 90. Runs on them are not runs on the originals: compare like with like (docs/data.md).
+Evaluation images are always copied.
 """
 
 import argparse
+import io
 import json
 import os
 import posixpath
@@ -33,6 +39,7 @@ if __name__ == "__main__":
     entry.answer_signals()
 
 import numpy as np
+from PIL import Image
 from torchvision.datasets import DatasetFolder
 from tqdm import tqdm
 from webdataset import TarWriter
@@ -40,9 +47,11 @@ from webdataset import TarWriter
 import datasets
 from readers import archives, shards
 from readers.archives import DataError, Member
+from readers.images import load_image, open_image
 
 SPLITS = ("train", "val")
 SIZE = re.compile(r"(\d+)(MB)?", re.IGNORECASE)
+QUALITY = 90  # of what --max-side makes; FFCV's choice for ImageNet
 EXTENSIONS = {".jpeg": "jpg"}  # what readers of WebDataset look for; the content is what it was
 
 
@@ -87,45 +96,80 @@ def plan_shards(dataset: DatasetFolder, limit: tuple[int, int | float], seed: in
     return plan
 
 
-def write_shard(path: Path, dataset: DatasetFolder, indices: list[int]) -> None:
-    """Writes one shard under its final name, complete."""
+def pixels(text: str) -> int:
+    """``--max-side`` as a number of pixels."""
+    if not text.isdecimal() or not 32 <= int(text) <= 65500:  # what JPEG can hold
+        raise argparse.ArgumentTypeError(f"{text!r} is no length: give a whole number of pixels from 32 to 65500")
+    return int(text)
+
+
+def shrink(file: str | Member, max_side: int | None) -> bytes | None:
+    """JPEG of an image whose longer side is more than ``max_side`` pixels, so that it has as many; None for others.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    if max_side is None or max(open_image(file).size) <= max_side:
+        return None
+    image = load_image(file)
+    scale = max_side / max(image.size)
+    size = tuple(max(round(scale * side), 1) for side in image.size)
+    smaller = io.BytesIO()
+    image.resize(size, Image.Resampling.BICUBIC).save(smaller, "JPEG", quality=QUALITY)
+    return smaller.getvalue()
+
+
+def write_shard(path: Path, dataset: DatasetFolder, indices: list[int], max_side: int | None = None) -> None:
+    """Writes one shard under its final name, complete; see :func:`shrink` for ``max_side``."""
     partial = path.with_suffix(".part")
     with open(partial, "wb") as file:
         with TarWriter(file, encoder=False, mtime=0) as writer:
             for index in indices:
                 source, label = dataset.samples[index]
                 suffix = posixpath.splitext(name_of(source))[1].lower()
-                content = source.read() if isinstance(source, Member) else Path(source).read_bytes()
                 extension = EXTENSIONS.get(suffix, suffix[1:])
+                if content := shrink(source, max_side):
+                    extension = "jpg"
+                else:
+                    content = source.read() if isinstance(source, Member) else Path(source).read_bytes()
                 writer.write({"__key__": key_of(index, source), extension: content, "cls": str(label).encode()})
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
 
 
-def check_shard(path: Path, dataset: DatasetFolder, indices: list[int]) -> np.ndarray:
+def check_shard(path: Path, dataset: DatasetFolder, indices: list[int], max_side: int | None = None) -> np.ndarray:
     """Table of a shard that is there, if it holds exactly the images ``indices``: names, labels and sizes.
+
+    Of the images that ``max_side`` makes smaller only the first is made again for its size.
 
     Raises:
         DataError: If it does not.
     """
     table = shards.scan_shard(str(path))
     found = [(os.fsdecode(row["name"]).partition(".")[0], row["label"], row["size"]) for row in table]
-    expected = []
-    for index in indices:
+    expected, compared = [], False
+    for number, index in enumerate(indices):
         file, label = dataset.samples[index]
-        # A compressed member of a zip has its size only after it is read.
-        size = os.path.getsize(file) if isinstance(file, str) else len(file.read()) if file.method > 0 else file.size
+        if max_side is not None and max(open_image(file).size) > max_side:
+            size = found[number][2] if compared and number < len(found) else len(shrink(file, max_side))
+            compared = True
+        else:  # a compressed member of a zip has its size only after it is read
+            size = (
+                os.path.getsize(file) if isinstance(file, str) else len(file.read()) if file.method > 0 else file.size
+            )
         expected.append((key_of(index, file), label, size))
     if found != expected:
         raise DataError(
-            f"--output {path.parent}: {path.name} holds other images than --data-path, --seed and --shard-size make of "
-            "it: give another folder, or remove the shards there"
+            f"--output {path.parent}: {path.name} holds other images than --data-path, --seed, --shard-size and "
+            "--max-side make of it: give another folder, or remove the shards there"
         )
     return table
 
 
-def prepare_wds(data_path: Path, output: Path, limit: tuple[int, int | float], seed: int) -> dict[str, Any]:
+def prepare_wds(
+    data_path: Path, output: Path, limit: tuple[int, int | float], seed: int, max_side: int | None = None
+) -> dict[str, Any]:
     """Writes the shards that are not there yet, and then the index.
 
     Args:
@@ -133,6 +177,7 @@ def prepare_wds(data_path: Path, output: Path, limit: tuple[int, int | float], s
         output: Folder of the shards; made if needed.
         limit: Largest number of images and of bytes of a shard.
         seed: Of the order.
+        max_side: Largest side of a training image in pixels; None: as they are.
 
     Returns:
         The content of ``_info.json``.
@@ -144,7 +189,7 @@ def prepare_wds(data_path: Path, output: Path, limit: tuple[int, int | float], s
     if output.is_file():
         raise DataError(f"--output {output} is a file: give a folder")
     tables = {}
-    for split in SPLITS:
+    for split, longest in zip(SPLITS, (max_side, None), strict=True):
         dataset, _ = datasets.build_dataset(split == "train", options, transform=lambda image: image)
         output.mkdir(parents=True, exist_ok=True)
         plan = plan_shards(dataset, limit, seed)
@@ -159,10 +204,10 @@ def prepare_wds(data_path: Path, output: Path, limit: tuple[int, int | float], s
         with tqdm(total=len(dataset), desc=split, unit=" images", unit_scale=True) as progress:
             for path, indices in zip(paths, plan, strict=True):
                 if not path.exists():
-                    write_shard(path, dataset, indices)
-                tables[split].append((path.name, check_shard(path, dataset, indices)))
+                    write_shard(path, dataset, indices, longest)
+                tables[split].append((path.name, check_shard(path, dataset, indices, longest)))
                 progress.update(len(indices))
-    return write_index(output, tables, dataset.classes)
+    return write_index(output, tables, dataset.classes, max_side)
 
 
 def index_shards(folder: Path) -> dict[str, Any]:
@@ -186,9 +231,11 @@ def index_shards(folder: Path) -> dict[str, Any]:
     return write_index(folder, tables, classes or [str(label) for label in range(number)])
 
 
-def write_index(output: Path, tables: dict[str, list[tuple[str, np.ndarray]]], classes: list[str]) -> dict[str, Any]:
+def write_index(
+    output: Path, tables: dict[str, list[tuple[str, np.ndarray]]], classes: list[str], max_side: int | None = None
+) -> dict[str, Any]:
     """Writes ``<split>.npy``, images in the order of their keys, and then ``_info.json``; returns the latter."""
-    info: dict[str, Any] = {"classes": classes, "splits": {}}
+    info: dict[str, Any] = {"classes": classes, "splits": {}} | ({"max_side": max_side} if max_side else {})
     for split, shards_of_split in tables.items():
         rows = []
         for number, (_, table) in enumerate(shards_of_split):
@@ -232,11 +279,21 @@ def main(argv: list[str] | None = None) -> int:
         help="images a shard (1000), or megabytes (100MB, the default). Remote shards are fetched as a whole: 50 to "
         "500MB; local ones may be larger; give at least as many shards as processes",
     )
+    parser.add_argument(
+        "--max-side",
+        "--max_side",
+        type=pixels,
+        metavar="PIXELS",
+        help=f"resize training images so that the longer side has no more, and save them as JPEG of quality {QUALITY}; "
+        "left out: copy all byte for byte. --shard-size counts the files as they were",
+    )
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of the order of the images in the shards (0)")
     parser.add_argument(
         "--index", type=entry.user_path, metavar="DIR", help="only write the index of the shards in this folder"
     )
     args = parser.parse_args(argv)
+    if args.index and args.max_side:
+        parser.error("--max-side changes no shards that are there: give --data-path and --output with it")
     if (args.index is None) == (args.data_path is None or args.output is None):
         parser.error("give --data-path and --output, or --index alone")
     try:
@@ -250,7 +307,8 @@ def _main(args: argparse.Namespace) -> int:
     if args.index:
         folder, info = args.index, index_shards(args.index)
     else:
-        folder, info = args.output, prepare_wds(args.data_path, args.output, args.shard_size, args.seed)
+        settings = args.shard_size, args.seed, args.max_side
+        folder, info = args.output, prepare_wds(args.data_path, args.output, *settings)
     for split in info["splits"].values():
         print(f"{split['name']}: {split['num_samples']} images in {len(split['filenames'])} shards")
     print(f"{len(info['classes'])} classes; train with --data-set wds --data-path {folder}")

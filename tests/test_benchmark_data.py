@@ -26,13 +26,27 @@ def test_photographs_are_different_jpeg_files_of_the_size_asked_for(tmp_path: Pa
 def test_the_data_table_compares_all_sources_and_loaders_and_names_their_stages(capsys: pytest.CaptureFixture) -> None:
     rows = benchmark_data.data_table(Namespace(quick=True, images=16, rounds=1, batch_size=8))
     loaders = {row["loader"]: row for row in rows if "ratio" in row}
-    assert list(loaders) == ["plain", "fast", "archive", "archive fast", "wds", "wds fast"]
+    sources = ("archive", "wds", "wds 400 px")
+    assert list(loaders) == ["plain", "fast", *(f"{source}{fast}" for source in sources for fast in ("", " fast"))]
     assert loaders["plain"]["ratio"] == 1
     assert all(row["images_per_core_s"] > 0 for row in loaders.values())
     stages = {(row["loader"], row["stage"]) for row in rows if "stage" in row}
     assert {("plain", "RandomErasing"), ("fast", "RandomResizedCropOfFile"), ("fast", "collate")} <= stages
     assert ("wds, remote", "fetch (cat), index") in stages
-    assert "| archive fast |" in capsys.readouterr().out
+    assert ("fast", "open, decode (of these)") in stages
+    printed = capsys.readouterr().out
+    assert "| archive fast |" in printed and "| RandAugment |" in printed
+
+
+def test_the_shares_of_a_sample_are_those_of_its_stages() -> None:
+    plain = {"open, decode": 4, "RandomResizedCropAndInterpolation": 2, "RandAugment": 1, "Normalize": 2, "collate": 1}
+    fast = {"open": 1, "RandomResizedCropOfFile": 5, "RandAugment": 2, "to_bytes": 2, "open, decode (of these)": 4}
+    stages = [("plain", plain), ("fast", fast | {"device's part, on this CPU": 7})]
+    rows = [dict(loader=name, stage=stage, ms=ms) for name, times in stages for stage, ms in times.items()]
+    assert benchmark_data.share_rows(rows) == [
+        ["plain", "4.00 (40%)", "2.00 (20%)", "1.00 (10%)", "3.00 (30%)", "10.00"],
+        ["fast", "4.00 (40%)", "2.00 (20%)", "2.00 (20%)", "2.00 (20%)", "10.00"],
+    ]
 
 
 def test_a_users_images_are_measured_from_a_tree_or_an_archive(tmp_path: Path) -> None:
@@ -43,7 +57,7 @@ def test_a_users_images_are_measured_from_a_tree_or_an_archive(tmp_path: Path) -
         benchmark_data.copy_images(source, tmp_path / f"copy-{number}", 10)
         sets = benchmark_data.build_sets(tmp_path / f"copy-{number}", tmp_path / f"packed-{number}", shard_images=4)
         found.append({name: [label for _, label in dataset.samples] for name, dataset in sets.items()})
-    assert found[0] == found[1] and len(found[0]) == 6
+    assert found[0] == found[1] and len(found[0]) == 8
     assert all(labels == [0] * 4 + [1] * 3 + [2] * 3 for labels in found[0].values())
 
 

@@ -1,5 +1,6 @@
 """Shards hold exactly the images of a tree, the same after every kill, and other libraries can read them."""
 
+import io
 import json
 import multiprocessing
 import tarfile
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from PIL import Image
 from runs import tiny_tree
 from test_archives import one_compressed_zip
 from test_datasets import make_args
@@ -152,6 +154,43 @@ def test_the_command_line_says_what_it_did_and_what_is_wrong(
     assert prepare_wds.main(["--index", str(tmp_path)]) == 2
     assert "no train-*.tar and no val-*.tar there" in capsys.readouterr().err
     for bad in (["--shard-size", "0", *words[:4]], ["--shard-size", "1GiB"], ["--data-path", "x"], []):
+        with pytest.raises(SystemExit) as left:
+            prepare_wds.main(bad)
+        assert left.value.code == 2
+
+
+def test_large_training_images_are_made_smaller_and_all_others_copied(tmp_path: Path) -> None:
+    tree, limit = tiny_tree(tmp_path / "tree", train=6, val=6), (4, float("inf"))
+    for split, name in (("train", "class_0/large.png"), ("train", "class_1/tall.jpg"), ("val", "class_2/large.jpg")):
+        Image.radial_gradient("L").resize((100, 300)).convert("RGB").save(tree / split / name)
+    prepare_wds.prepare_wds(tree, tmp_path / "out", limit, seed=0, max_side=150)
+    for is_train in (True, False):
+        originals, _ = datasets.build_dataset(is_train, make_args(tree))
+        ours, _ = datasets.build_dataset(is_train, make_args(tmp_path / "out", data_set="wds"))
+        for (path, label), (member, our_label) in zip(originals.samples, ours.samples, strict=True):
+            assert label == our_label
+            if is_train and Path(path).stem in ("large", "tall"):
+                image = Image.open(io.BytesIO(member.read()))
+                assert image.size == (50, 150) and image.format == "JPEG" and member.name.endswith(".jpg")
+                expected = np.asarray(Image.open(path).resize((50, 150), Image.Resampling.BICUBIC)).astype(float)
+                assert np.abs(np.asarray(image) - expected).mean() < 2
+            else:
+                assert member.read() == Path(path).read_bytes()
+    before = contents(tmp_path / "out")
+    prepare_wds.prepare_wds(tree, tmp_path / "out", limit, seed=0, max_side=150)
+    assert contents(tmp_path / "out") == before
+    for other in (None, 151, 299):
+        with pytest.raises(datasets.DataError, match="--max-side make of it: give another folder"):
+            prepare_wds.prepare_wds(tree, tmp_path / "out", limit, seed=0, max_side=other)
+
+
+def test_an_image_that_cannot_be_made_smaller_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tree = tiny_tree(tmp_path / "tree", train=6, val=6)
+    (tree / "train" / "class_0" / "broken.jpg").write_bytes(b"no image")
+    words = ["--data-path", str(tree), "--output", str(tmp_path / "out"), "--max-side", "32"]
+    assert prepare_wds.main(words) == 2
+    assert "cannot read image" in (printed := capsys.readouterr().err) and "broken.jpg" in printed
+    for bad in (["--max-side", "31", *words[:4]], ["--max-side", "32", "--index", "x"]):
         with pytest.raises(SystemExit) as left:
             prepare_wds.main(bad)
         assert left.value.code == 2
