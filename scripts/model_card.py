@@ -23,8 +23,9 @@ import options
 import oversmoothing
 from datasets import NOMINAL_CLASSES, DataOptions, build_transform
 from epochlog import LogError, read_log
-from oversmoothing.analysis import figures, probe
+from oversmoothing.analysis import probe
 from oversmoothing.analysis.cost import count_macs
+from oversmoothing.analysis.figures import features, style
 from oversmoothing.analysis.measurement import measure
 from oversmoothing.analysis.results import describe_parameter
 from oversmoothing.analysis.subject import subject_of
@@ -193,17 +194,17 @@ def draw_logged(log: list[dict[str, Any]], checkpoint: dict[str, Any]) -> tuple[
     ]
     if not logged:
         return None
-    figure, axes = figures.panels(1, 2, width=4.5, height=3.4)
+    figure, axes = style.panels(1, 2, width=4.5, height=3.4)
     shown = {line["epoch"]: line for line in (logged[0], logged[-1])}
     for ax, (quantity, (title, ylabel)) in zip(axes.flat, panels.items(), strict=True):
         for index, (epoch, line) in enumerate(shown.items()):
             values = [math.nan if value is None else value for value in line[quantity]]
-            ax.plot(range(len(values)), values, label=f"after epoch {epoch}", **figures.line_style(index))
-        ax.set(ylabel=ylabel, xlabel=figures.LAYER_AXIS)
+            ax.plot(range(len(values)), values, label=f"after epoch {epoch}", **style.line_style(index))
+        ax.set(ylabel=ylabel, xlabel=style.LAYER_AXIS)
         ax.set_title(title, fontsize=10)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
-    figures.logarithmic(axes.flat[1])
+    style.logarithmic(axes.flat[1])
     axes.flat[0].legend(frameon=False)
     return figure, (
         "Of each block's output, of the run's weights (not their EMA), means over the images that `--spectrum-every` "
@@ -222,8 +223,10 @@ def draw_measured(model: nn.Module, folder: Path, input_size: int, crop_ratio: f
     data_options = DataOptions(input_size=input_size, eval_crop_ratio=crop_ratio)
     files = ImageFiles(folder, build_transform(False, data_options, subject.data_config))
     files.files = files.files[:: max(1, math.ceil(len(files) / SPECTRUM_IMAGES))]  # folders are ordered by class
-    results = measure([subject], ([images] for images, _ in DataLoader(files, batch_size=BATCH)))
-    return figures.draw_overview(results), (
+    results = measure(
+        [subject], ([images] for images, _ in DataLoader(files, batch_size=BATCH)), quantities=["features"]
+    )
+    return features.draw_overview(results), (
         f"Of each block's output, on {len(files)} images. Left: towards 1 all tokens are alike. Right: towards 0 they "
         "become one."
     )
