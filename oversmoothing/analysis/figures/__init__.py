@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from ..results import Result
 from . import distance, eigenvalues, features, maps, rollout, sinks, tokens
 from .differences import difference_pictures
-from .features import draw_overview
 from .parameters import parameter_pictures
-from .style import COLOURS, DIVERGING, LAYER_AXIS, SEQUENTIAL, Drawing, Picture, line_style, logarithmic, panels
+from .style import COLOURS, DIVERGING, LAYER_AXIS, SEQUENTIAL, Drawing, Picture, line_style, panels
 
 __all__ = [
     "COLOURS",
@@ -18,9 +17,7 @@ __all__ = [
     "Drawing",
     "Picture",
     "draw_all",
-    "draw_overview",
     "line_style",
-    "logarithmic",
     "panels",
 ]
 
