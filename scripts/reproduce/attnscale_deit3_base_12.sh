@@ -10,14 +10,10 @@
 #
 #   DATA_PATH=/data/imagenet bash scripts/reproduce/attnscale_deit3_base_12.sh
 #
-# DATA_PATH   folder of ImageNet with train/<class>/ and val/<class>/ (scripts/prepare_imagenet.py makes it)
 # NUM_GPUS    processes, one a GPU; 8, for the recipe's batch of 2,048 images. With 4 GPUs append --batch-size 512,
 #             with one --grad-accum 8; the rate stays as it is (--unscale-lr)
-# Further flags of main.py can be appended. Results go to logs/imnet1k_attnscale_deit3_base_12/ of this repository.
-# After an interruption run it again: it continues from there.
-set -euo pipefail
-DATA_PATH=$(realpath "${DATA_PATH:?set it to the ImageNet folder that holds train/ and val/}")
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+# DATA_PATH, appended flags, where results go, restarts: scripts/reproduce/imagenet.bash
+source "$(dirname "${BASH_SOURCE[0]}")/imagenet.bash"
 
 torchrun --standalone --nproc_per_node="${NUM_GPUS:-8}" main.py \
     --auto_reload --model attnscale_base_12 --batch-size 256 --epochs 800 \

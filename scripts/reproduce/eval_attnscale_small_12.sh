@@ -7,15 +7,11 @@
 #
 #   DATA_PATH=/data/imagenet CHECKPOINT=attnscale_small_12.pth bash scripts/reproduce/eval_attnscale_small_12.sh
 #
-# DATA_PATH   folder of ImageNet with train/<class>/ and val/<class>/ (scripts/prepare_imagenet.py makes it)
 # CHECKPOINT  weights to evaluate, a file or a URL
 # NUM_GPUS    processes, one per GPU; 2 as in the paper. Neither it nor --batch-size changes the accuracy
-# Further flags of main.py can be appended.
-set -euo pipefail
-DATA_PATH=$(realpath "${DATA_PATH:?set it to the ImageNet folder that holds train/ and val/}")
+# DATA_PATH, appended flags, where results go, restarts: scripts/reproduce/imagenet.bash
+source "$(dirname "${BASH_SOURCE[0]}")/imagenet.bash"
 : "${CHECKPOINT:?set it to the weights to evaluate (a file or a URL)}"
-[[ $CHECKPOINT == http* ]] || CHECKPOINT=$(realpath "$CHECKPOINT")
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 python -m torch.distributed.launch --nproc_per_node="${NUM_GPUS:-2}" --master_port 29701 --use_env main.py \
     --model attnscale_small_12 --batch-size 256 --drop 0.2 \

@@ -7,18 +7,13 @@
 #
 #   DATA_PATH=/data/imagenet CHECKPOINT=S24_224.pth bash scripts/reproduce/featscale_cait_s24_224.sh
 #
-# DATA_PATH   folder of ImageNet with train/<class>/ and val/<class>/ (scripts/prepare_imagenet.py makes it)
 # CHECKPOINT  weights of the plain CaiT-S24 at 224 px, a file or a URL; DeiT's authors published them as
 #             https://dl.fbaipublicfiles.com/deit/S24_224.pth
 # NUM_GPUS    processes, one per GPU; 2 as in the paper. The recipe's batch is 256 images: with 8 GPUs append
 #             --batch-size 32, with one --grad-accum 2
-# Further flags of main.py can be appended. Results go to logs/imnet1k_featscale_cait_s24_224/ of this repository.
-# After an interruption run it again: it continues from there.
-set -euo pipefail
-DATA_PATH=$(realpath "${DATA_PATH:?set it to the ImageNet folder that holds train/ and val/}")
+# DATA_PATH, appended flags, where results go, restarts: scripts/reproduce/imagenet.bash
+source "$(dirname "${BASH_SOURCE[0]}")/imagenet.bash"
 : "${CHECKPOINT:?set it to the plain CaiT-S24 weights (a file or a URL)}"
-[[ $CHECKPOINT == http* ]] || CHECKPOINT=$(realpath "$CHECKPOINT")
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 python -m torch.distributed.launch --nproc_per_node="${NUM_GPUS:-2}" --master_port 29705 --use_env main.py \
     --auto_reload --model featscale_cait_S24_224 --batch-size 128 --epochs 60 --lr 5e-5 --weight-decay 5e-4 \

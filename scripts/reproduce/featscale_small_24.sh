@@ -7,14 +7,10 @@
 #
 #   DATA_PATH=/data/imagenet bash scripts/reproduce/featscale_small_24.sh
 #
-# DATA_PATH   folder of ImageNet with train/<class>/ and val/<class>/ (scripts/prepare_imagenet.py makes it)
 # NUM_GPUS    processes, one per GPU; 2 as in the paper. The recipe's batch is 512 images: with 8 GPUs append
 #             --batch-size 64, with one --grad-accum 2
-# Further flags of main.py can be appended. Results go to logs/imnet1k_featscale_small_24/ of this repository.
-# After an interruption run it again: it continues from there.
-set -euo pipefail
-DATA_PATH=$(realpath "${DATA_PATH:?set it to the ImageNet folder that holds train/ and val/}")
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+# DATA_PATH, appended flags, where results go, restarts: scripts/reproduce/imagenet.bash
+source "$(dirname "${BASH_SOURCE[0]}")/imagenet.bash"
 
 python -m torch.distributed.launch --nproc_per_node="${NUM_GPUS:-2}" --master_port 29703 --use_env main.py \
     --auto_reload --model featscale_small_24 --batch-size 256 --drop 0.2 \

@@ -7,14 +7,10 @@
 #
 #   DATA_PATH=/data/imagenet bash scripts/reproduce/featscale_swin_small.sh
 #
-# DATA_PATH   folder of ImageNet with train/<class>/ and val/<class>/ (scripts/prepare_imagenet.py makes it)
 # NUM_GPUS    processes, one a GPU; 8 as in Swin's recipe. Its batch is 1,024 images: with 4 GPUs append
 #             --batch-size 256, with one --grad-accum 8
-# Further flags of main.py can be appended. Results go to logs/imnet1k_featscale_swin_small/ of this repository.
-# After an interruption run it again: it continues from there.
-set -euo pipefail
-DATA_PATH=$(realpath "${DATA_PATH:?set it to the ImageNet folder that holds train/ and val/}")
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+# DATA_PATH, appended flags, where results go, restarts: scripts/reproduce/imagenet.bash
+source "$(dirname "${BASH_SOURCE[0]}")/imagenet.bash"
 
 torchrun --standalone --nproc_per_node="${NUM_GPUS:-8}" main.py \
     --auto_reload --model featscale_swin_small_patch4_window7_224 --batch-size 128 --epochs 300 \
