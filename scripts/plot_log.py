@@ -18,6 +18,7 @@ import entry
 if __name__ == "__main__":
     entry.answer_signals()
 
+from matplotlib import rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no display and no global state
 from matplotlib.lines import Line2D
@@ -25,9 +26,8 @@ from matplotlib.ticker import MaxNLocator
 
 from epochlog import LogError, read_log
 
-# Those of oversmoothing/analysis/figures.py, which cannot be imported without torch and its seconds.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+PALETTE = Path(__file__).resolve().parents[1] / "oversmoothing" / "analysis" / "figures" / "palette.mplstyle"
+CYCLE = rc_params_from_file(PALETTE, use_default_template=False)["axes.prop_cycle"].by_key()
 FEW_EPOCHS = 12  # up to here every epoch gets a marker, so that a run of one epoch is visible
 
 
@@ -56,8 +56,8 @@ def draw(runs: dict[str, list[dict[str, float]]], output: Path, title: str = "")
     (loss, accuracy), (lr, close_up) = figure.subplots(2, 2)
     for index, (name, epochs) in enumerate(runs.items()):
         style = {
-            "color": COLOURS[index % len(COLOURS)],
-            "marker": MARKERS[index % len(MARKERS)] if len(epochs) <= FEW_EPOCHS else None,
+            "color": CYCLE["color"][index % len(CYCLE["color"])],
+            "marker": CYCLE["marker"][index % len(CYCLE["marker"])] if len(epochs) <= FEW_EPOCHS else None,
             "markersize": 6,
             "linewidth": 1.5,
         }

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
@@ -16,10 +18,8 @@ from torch import Tensor
 
 from ..results import Result
 
-# Okabe and Ito's palette without its yellow, which is too pale for lines: told apart by all kinds of colour vision.
-# Markers and line styles repeat the distinction for grey-scale prints.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+PALETTE = rc_params_from_file(Path(__file__).with_name("palette.mplstyle"), use_default_template=False)
+COLOURS, MARKERS = (tuple(PALETTE["axes.prop_cycle"].by_key()[key]) for key in ("color", "marker"))
 SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"
 LAYER_AXIS = "layer (block index)"
 
