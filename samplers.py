@@ -4,15 +4,11 @@ Training samplers yield ``(index, sample_seed)``: the random draws of a sample b
 to the worker that happens to load it, so neither the number of workers nor a restart changes them.
 """
 
-from collections import deque
 from collections.abc import Iterator, Sequence, Sized
-from typing import Any
 
 import numpy as np
 from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
 from torch.utils.data import DistributedSampler, Sampler
-
-from readers.shards import FetchAhead, RemoteMembers
 
 __all__ = [
     "AddressedSampler",
@@ -26,9 +22,9 @@ __all__ = [
 # timm's sampler gives the indices of DeiT's RASampler, and a whole epoch instead of none below 256 images.
 RASampler = RepeatAugSampler
 
-# Of remote shards, in images of one process: how far an image may move from its place in its shard, and how long before
-# it is needed its shard is asked for. At 110 kB an image both together are 1.4 GB of the cache.
-SHUFFLE_WINDOW, LOOK_AHEAD = 8192, 4096
+# Of remote shards, in images of one process: how far an image may move from its place in its shard. At 110 kB an image,
+# with readers.loader.LOOK_AHEAD, 1.4 GB of the cache.
+SHUFFLE_WINDOW = 8192
 
 
 def sample_seed(seed: int, rank: int, epoch: int, position: int) -> int:
@@ -150,35 +146,6 @@ class ShardSampler(Sampler[int]):
         return int(np.clip(self.lengths.sum() - self.rank * self.num_samples, 0, self.num_samples))
 
 
-class FetchingSampler(Sampler):
-    """Passes on the keys of a sampler, and has the shards of the next ones fetched meanwhile.
-
-    Args:
-        sampler: Of indices, or of tuples that begin with one.
-        remote: The shards.
-    """
-
-    def __init__(self, sampler: Sampler, remote: RemoteMembers) -> None:
-        self.sampler = sampler
-        self.remote = remote
-
-    def __iter__(self) -> Iterator[Any]:
-        with FetchAhead(self.remote) as shards:
-            waiting = deque()
-            for key in self.sampler:
-                shards.ask(key[0] if isinstance(key, tuple) else key)
-                waiting.append(key)
-                if len(waiting) > LOOK_AHEAD:
-                    yield waiting.popleft()
-            yield from waiting
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __getattr__(self, name: str) -> Any:  # set_epoch, num_valid_samples: as the sampler has them
-        return getattr(self.sampler, name)
-
-
 def build_samplers(
     dataset_train: Sized | None,
     dataset_val: Sized,
@@ -188,7 +155,7 @@ def build_samplers(
     repeated_aug: bool,
     seed: int,
     shard_eval: bool = True,
-) -> tuple[AddressedSampler | FetchingSampler | None, OrderedDistributedSampler | FetchingSampler]:
+) -> tuple[AddressedSampler | None, OrderedDistributedSampler | ShardSampler]:
     """Samplers of one rank. No process group is needed.
 
     Images of remote shards (a data set with ``remote``) come by :class:`ShardSampler`, equally many.
@@ -217,15 +184,14 @@ def build_samplers(
     eval_replicas, eval_rank = (world_size, rank) if shard_eval else (1, 0)
     val_sampler = OrderedDistributedSampler(dataset_val, num_replicas=eval_replicas, rank=eval_rank)
     if remote := getattr(dataset_val, "remote", None):
-        in_turn = ShardSampler(remote.shards.lengths, num_samples=len(val_sampler), rank=eval_rank)
-        val_sampler = FetchingSampler(in_turn, remote)
+        val_sampler = ShardSampler(remote.shards.lengths, num_samples=len(val_sampler), rank=eval_rank)
     if dataset_train is None:
         return None, val_sampler
     sampler_class = RASampler if repeated_aug else DistributedSampler
     train_sampler = sampler_class(dataset_train, num_replicas=world_size, rank=rank, shuffle=True)
-    remote = getattr(dataset_train, "remote", None)
-    if remote is None:
-        return AddressedSampler(train_sampler, seed=seed, rank=rank), val_sampler
-    repeats = getattr(train_sampler, "num_repeats", 1)
-    in_turn = ShardSampler(remote.shards.lengths, num_samples=len(train_sampler), rank=rank, seed=seed, repeats=repeats)
-    return FetchingSampler(AddressedSampler(in_turn, seed=seed, rank=rank), remote), val_sampler
+    if remote := getattr(dataset_train, "remote", None):
+        repeats = getattr(train_sampler, "num_repeats", 1)
+        train_sampler = ShardSampler(
+            remote.shards.lengths, num_samples=len(train_sampler), rank=rank, seed=seed, repeats=repeats
+        )
+    return AddressedSampler(train_sampler, seed=seed, rank=rank), val_sampler

@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
@@ -27,7 +28,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from .archives import DataError
+from .shards import FetchAhead, RemoteMembers
 
+LOOK_AHEAD = 4096  # images: so long before one of a remote shard is needed, its shard is asked for
 FILES_OF_A_WORKER, OTHER_FILES = 8, 64  # open in the main process: pipes and batches of a worker; everything else
 _workers: WeakKeyDictionary[DataLoader, list] = WeakKeyDictionary()  # of the loaders that are running
 
@@ -96,6 +99,8 @@ def build_loader(
             f"--batch-size {batch_size} is larger than the {epoch_size} training samples "
             f"this process has in an epoch: use --batch-size {max(epoch_size, 1)} or less"
         )
+    if remote := getattr(dataset, "remote", None):
+        sampler = _Fetching(sampler, remote)
     return DataLoader(
         AddressedDataset(dataset),
         batch_size=batch_size,
@@ -119,6 +124,35 @@ class _Pausable(Sampler):
 
     def __iter__(self) -> Iterator[Any]:
         return iter(()) if self.paused else iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __getattr__(self, name: str) -> Any:  # set_epoch, num_valid_samples: as the sampler has them
+        return getattr(self.sampler, name)
+
+
+class _Fetching(Sampler):
+    """Passes on the keys of a sampler, and has the shards of the next ones fetched meanwhile.
+
+    Args:
+        sampler: Of indices, or of tuples that begin with one.
+        remote: The shards.
+    """
+
+    def __init__(self, sampler: Sampler, remote: RemoteMembers) -> None:
+        self.sampler = sampler
+        self.remote = remote
+
+    def __iter__(self) -> Iterator[Any]:
+        with FetchAhead(self.remote) as shards:
+            waiting = deque()
+            for key in self.sampler:
+                shards.ask(key[0] if isinstance(key, tuple) else key)
+                waiting.append(key)
+                if len(waiting) > LOOK_AHEAD:
+                    yield waiting.popleft()
+            yield from waiting
 
     def __len__(self) -> int:
         return len(self.sampler)
