@@ -16,7 +16,7 @@ __all__ = ["CaiT"]  # registration adds the name of each variant
 
 
 class CaiT(FoldedCait):
-    """timm's ``Cait``, whose patch self-attention blocks have what remedies fold into them made together."""
+    """timm's ``Cait``; the folds of its patch self-attention blocks are made together, see ``folding.share_folds``."""
 
 
 _PLAIN: dict = {}

@@ -21,15 +21,15 @@ __all__ = ["DeiT"]  # registration adds the name of each variant
 class DeiT(FoldedVisionTransformer):
     """timm's ``VisionTransformer`` whose class token starts as DeiT's does: trunc-normal 0.02 (timm 1.x: 1e-6).
 
-    Calling it is faster than ``forward_head(forward_features(x))`` and gives the same: see ``first_tokens``.
+    Calling the model is faster than ``forward_head(forward_features(x))`` and gives the same: see ``first_tokens``.
 
     Args:
         *args: As timm's.
-        attn_skip: ``s`` in ``s x + f(x)``, the skip connection of each attention branch, for studies: below 1 tokens
-            grow alike sooner. Each block's input is multiplied by it, which the norm before attention undoes but for
-            its epsilon.
-        drop_path_rate: Of the last block; that of the others rises to it linearly, from 0 in the first.
-        uniform_drop_path: Give all blocks that rate, as DeiT III does (arXiv 2204.07118).
+        attn_skip: ``s`` in ``s x + f(x)``, the skip connection of each attention branch, for studies: below 1, tokens
+            become similar in earlier layers. Each block's input is multiplied by ``s``; the norm before attention
+            cancels the factor, up to its epsilon.
+        drop_path_rate: Rate of the last block; the rates rise linearly from 0 in the first block.
+        uniform_drop_path: Give all blocks ``drop_path_rate``, as DeiT III does (arXiv 2204.07118).
         **kwargs: As timm's.
     """
 
@@ -95,10 +95,10 @@ def _scale_input(scale: float, block: Block, args: tuple) -> tuple:
 def first_tokens(block: Block, x: Tensor, num_tokens: int) -> Tensor:
     """``block(x)[:, :num_tokens]`` without computing the rest: (B, N, C) -> (B, num_tokens, C).
 
-    The head of a class-token classifier reads nothing else of the last block: queries, projection and MLP are needed
-    for these tokens alone, keys and values for all (FeatScale's mean needs all queries too). Exact, in training too.
-    Dropout draws for these tokens only: the same law, another random stream. A block, or else its attention layer, that
-    can save something has a method ``first_tokens`` for its attention branch.
+    A class-token classifier reads only these tokens of the last block. Queries, projection and MLP are computed for
+    them alone, keys and values for all tokens (FeatScale's mean needs all queries too). Exact, in training too. Dropout
+    draws for these tokens only: the same distribution, another random stream. A block or attention layer with a faster
+    way has a method ``first_tokens`` for its attention branch; the block's comes first.
     """
     y = block.norm1(x)
     branch = getattr(block, "first_tokens", None) or getattr(block.attn, "first_tokens", None)

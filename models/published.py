@@ -1,7 +1,7 @@
 """Published weights: which models have some, and how timm's ``pretrained=True`` gets to them.
 
-timm does the rest as for its own models: another head for ``num_classes``, other ``in_chans`` or ``img_size``, and
-another source by ``pretrained_cfg_overlay=dict(file=...)``, ``hf_hub_id`` or ``url``.
+timm does the rest as for its own models: it adapts weights to other ``num_classes``, ``in_chans`` or ``img_size``, and
+takes another source from ``pretrained_cfg_overlay=dict(file=...)``, ``hf_hub_id`` or ``url``.
 """
 
 import logging
@@ -17,10 +17,10 @@ from oversmoothing.weights import CheckpointError, fetch, problems, read_checkpo
 _logger = logging.getLogger(__name__)
 
 REPOSITORY = "peihaowang/vit-anti-oversmoothing"
-# Model -> file of that repository: training checkpoints of the paper's authors. The names are those of the paper's
-# code and could not be verified: this was written offline. A name that is wrong ends in an error with the list of the
-# files that are there, and pretrained_cfg_overlay=dict(hf_hub_filename=...) takes any of them. No SHA-256 of them is
-# known here either: what arrives is compared with the one that the Hub gives.
+# Model -> file of that repository: training checkpoints of the paper's authors. The file names come from the paper's
+# code and were not verified against the Hub. A wrong name raises an error that lists the files in the repository;
+# pretrained_cfg_overlay=dict(hf_hub_filename=...) takes any of them. Their SHA-256 is not known here either: downloads
+# are compared with the SHA-256 that the Hub gives.
 FILES = {
     "attnscale_small_12": "attnscale_small_12.pth",
     "featscale_small_12": "featscale_small_12.pth",
@@ -39,16 +39,16 @@ def source(name: str) -> dict[str, str]:
 def overlay_with_weights(
     name: str, pretrained_cfg: PretrainedCfg | dict | str | None, overlay: dict | None, cache_dir: str | Path | None
 ) -> dict:
-    """``pretrained_cfg_overlay`` with the weights of a source that timm's own loader does not read, or reads otherwise.
+    """``pretrained_cfg_overlay`` with the state dict of a source that timm's loader cannot read, or reads otherwise.
 
-    timm would take the EMA of a training checkpoint where there is one; here weights are ``model``'s.
-    Models named ``hf-hub:owner/name`` or ``local-dir:folder`` stay timm's.
+    From a training checkpoint with an EMA, timm would load the EMA; here ``model`` is loaded.
+    Models named ``hf-hub:owner/name`` or ``local-dir:folder`` are left to timm.
 
     Args:
         name: Of the model; the other arguments are timm's.
 
     Raises:
-        CheckpointError: If there are no weights for this model, or they cannot be had or read.
+        CheckpointError: If there are no weights for this model, or they cannot be downloaded or read.
     """
     overlay = dict(overlay or {})
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
@@ -74,18 +74,18 @@ def forget_state_dict(model: nn.Module) -> None:
 
 
 def strict(checkpoint_filter_fn: Callable[[StateDict, nn.Module], StateDict]) -> Callable:
-    """timm's adapter of pretrained state dicts, followed by an account of every name and shape.
+    """timm's adapter of pretrained state dicts, followed by a check of every name and shape.
 
-    timm loads strictly, but for another ``num_classes`` it accepts anything missing or unexpected. Here only what it
-    adapts may differ: the classifier, and the first convolution for other ``in_chans``. Weights without parameters of
-    any remedy are a plain model's; a variant's own then stay at their initial values.
+    timm loads strictly, except with another ``num_classes``: then it accepts any missing or unexpected name. Here only
+    what timm adapts may differ: the classifier, and the first convolution for other ``in_chans``. A state dict without
+    remedy parameters is a plain model's; the variant's remedy parameters then keep their initial values.
     """
 
     def filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
         wanted, cfg = model.state_dict(), model.pretrained_cfg
         try:
             state_dict = checkpoint_filter_fn(state_dict, model)
-        except Exception as error:  # timm's adapter takes the shapes for what they should be
+        except Exception as error:  # timm's adapter does not check shapes
             raise CheckpointError(
                 f"pretrained weights do not fit {cfg['architecture']} ({type(error).__name__}: {error}): is it the "
                 "file of another model?"

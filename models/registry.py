@@ -1,4 +1,4 @@
-"""Registers a table of model variants with timm: a variant is one row, name, remedy, size and resolution."""
+"""Registers a table of model variants with timm: each row is a variant's name, remedy, size and resolution."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -25,8 +25,8 @@ def data_configs(variants: Variants, crop_pct: float, paper: tuple[str, str], **
     Args:
         variants: The backbone's table.
         crop_pct: Share of the resized image that evaluation keeps; 224 / 256 on DeiT, 1 on CaiT.
-        paper: The backbone's, identifier and title; a remedy's rows get the remedies' paper before it.
-        **more: What else the backbone's entries say, for example another name of its ``classifier``.
+        paper: Identifier and title of the backbone's paper; rows with a remedy list the remedies' paper before it.
+        **more: Further entries of the backbone, for example another name of its ``classifier``.
     """
     common = dict(
         num_classes=1000,
@@ -56,14 +56,14 @@ def register_variants(
     checkpoint_filter_fn: Callable,
     feature_cfg: Mapping[str, Any] = MappingProxyType(dict(out_indices=3, feature_cls="getter")),
 ) -> None:
-    """Makes a timm entry point of each row of ``variants`` and binds it in the backbone's module under its name.
+    """Makes each row of ``variants`` a timm entry point, bound in the backbone's module under the variant's name.
 
     Args:
         module_name: ``__name__`` of the backbone's module; its ``default_cfgs`` must exist already.
         variants: The backbone's table.
         model_class: timm's model class, or one derived from it.
         checkpoint_filter_fn: timm's adapter of pre-trained state dicts to that class.
-        feature_cfg: How timm's ``features_only`` gets at the features.
+        feature_cfg: How timm's ``features_only`` extracts the features.
     """
     module = sys.modules[module_name]
     for name, (remedy, size, _) in variants.items():

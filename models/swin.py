@@ -1,9 +1,9 @@
 """Swin backbones with the remedies: timm's ``SwinTransformer``, converted when it is built.
 
-AttnScale acts on the maps of each window: N is a window's 49 tokens, and with shifted windows the pairs that the mask
-keeps apart get ``-lamb / 49`` too, for the mask is added before the softmax. FeatScale's mean is over the whole feature
-map, after the windows are merged and shifted back; its gain is 1. The plain baselines are timm's own
-(``swin_small_patch4_window7_224``), after which the variants are named.
+AttnScale acts on the maps of each window: N is a window's 49 tokens. With shifted windows, masked pairs get
+``-lamb / 49`` too, since the mask is added before the softmax. FeatScale's mean is over the whole feature map, after
+the windows are merged and shifted back; its gain is 1. The plain baselines are timm's own, for example
+``swin_small_patch4_window7_224``; the variants are named after them.
 """
 
 from functools import partial
@@ -25,7 +25,7 @@ class Swin(SwinTransformer):
     Args:
         *args: As timm's.
         remedies: Names, or names with their options, as ``add_remedy`` takes them.
-        pos_drop_rate: Dropout on the embedded patches, as the paper's code has it (timm's Swin has none).
+        pos_drop_rate: Dropout on the embedded patches, as in the paper's code (timm's Swin has none).
         **kwargs: As timm's.
     """
 
@@ -33,13 +33,13 @@ class Swin(SwinTransformer):
         super().__init__(*args, embed_layer=partial(DroppedPatchEmbed, drop=pos_drop_rate), **kwargs)
         if remedies:
             add_remedy(self, remedies)
-            del self.remedies  # the class says them: nothing was added to the model of this name
+            del self.remedies  # the record of added remedies; here they belong to the class
         if not use_fused_attn():
             set_fused(self, False)
 
 
 class DroppedPatchEmbed(PatchEmbed):
-    """timm's ``PatchEmbed`` with dropout behind it."""
+    """timm's ``PatchEmbed``, followed by dropout."""
 
     def __init__(self, *args, drop: float, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -72,7 +72,7 @@ _VARIANTS = {
 }
 
 _PAPER = ("arXiv:2103.14030", "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows")
-# The centre 224 of an image resized to 256, as the code of both papers; timm's Swin keeps 0.9.
+# The centre 224 of an image resized to 256, as in the code of both papers; timm's Swin keeps 0.9.
 default_cfgs = data_configs(_VARIANTS, 224 / 256, _PAPER, pool_size=(7, 7), classifier="head.fc")
 register_variants(
     __name__, _VARIANTS, Swin, checkpoint_filter_fn, dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)

@@ -1,10 +1,10 @@
 """Over-smoothing in vision transformers: what it is, how to see it, and what to do about it.
 
 analysis   what attention does to the features, layer by layer: numbers, figures, a report
-attention  what one attention layer computes, for every attention class at hand
-convert    ``add_remedy``: any vision transformer, as it is, with remedies
-remedies   one remedy a file: equation, dense definition, fast form
-fused      what makes remedies free
+attention  what one attention layer computes, for every supported attention class
+convert    ``add_remedy``: adds remedies to any existing vision transformer
+remedies   one remedy per file: equation, dense definition, fast form
+fused      fast paths that make remedies free
 weights    any checkpoint file, read safely and loaded with every key accounted for
 zoo        DeiT, CaiT and Swin with the remedies, registered with timm (``models`` in a checkout of the repository)
 """

@@ -1,9 +1,9 @@
-"""``add_remedy``: any vision transformer, as it is, with remedies.
+"""``add_remedy``: adds remedies to any existing vision transformer.
 
-Modules are converted in place, by a change of their class: what holds them, their parameters and their names stay.
-Where the zoo has a layer with the remedy built in (timm's ``VisionTransformer`` and ``Cait``), a module becomes one of
-those. Elsewhere it becomes a subclass of what it was, made by ``converted.py``, whose forward is that of its *kind*
-with the remedies between its two halves. ``remove_remedy`` gives every module its class back.
+Modules are converted in place by changing their class; their parents, parameters and names stay the same. Where the
+zoo has a layer with the remedy built in (for timm's ``VisionTransformer``, ``Cait`` and ``SwinTransformer``), the
+module gets that class. Elsewhere it gets a subclass of its own class, made by ``converted.py``: the forward of its
+*kind*, with the remedies between the kind's two halves. ``remove_remedy`` restores every module's class.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ from .remedies.base import state_on_meta
 from .remedies.featscale import FeatScale
 from .remedies.first_values import FirstValues
 
-# What the library's own attention layers are without their fast paths, which know nothing of other remedies.
+# The library's attention class -> timm's class without the fast paths, which do not support other remedies.
 UNFOLDED = {folded: plain for plain, folded in FeatScale.native_attention.items()}
 
-# What timm's models become where a layer with a remedy built in can be folded; subclasses of theirs stay what they are.
+# timm's model class -> the class it gets when one of its layers has a remedy built in. Subclasses are left as they are.
 FOLDED_MODELS = {VisionTransformer: FoldedVisionTransformer, Cait: FoldedCait}
 
 Layers = slice | Sequence[int] | str | None
@@ -45,7 +45,7 @@ def list_remedies() -> list[str]:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """A remedy in words and numbers, as plain data.
+    """Describes a remedy, as plain data.
 
     Returns:
         ``name``, ``formula``, ``source``, ``changes`` (attention, branch or norm), ``cost``, ``options`` and their
@@ -79,9 +79,9 @@ def add_remedy(
 ) -> nn.Module:
     """Converts a model in place: its attention layers, blocks or norms get one remedy, or several.
 
-    At the start values it computes what it computed (``reattention`` and the published options of some have no such
-    start). The state dict keeps its names in their order and gets those of the remedies' parameters between them. Later
-    layers of one remedy wrap the earlier ones: the first name is next to the softmax. ::
+    At the start values the model computes the same as before, except with ``reattention`` and with some remedies'
+    published options. The state dict keeps its names in their order, with the remedies' parameters between them. Of
+    several remedies, each wraps the ones named before it: the first name is next to the softmax. ::
 
         add_remedy(model, "attnscale")
         add_remedy(model, "gfsa", layers=slice(6, None), K=3)
@@ -89,19 +89,19 @@ def add_remedy(
         add_remedy(model, {"attnscale": {}, "neutreno": dict(alpha=0.6, learnable=False, layers="6:")})
 
     Args:
-        model: A model of timm or Hugging Face, or any whose attention classes have a kind; without compile or
-            data-parallel wrappers. Give it to the optimizer and to DDP afterwards: it has new parameters.
+        model: A model of timm or Hugging Face, or any model whose attention classes have a kind; without compile or
+            data-parallel wrappers. Build the optimizer and DDP afterwards: the model has new parameters.
         names: One remedy, several, or several with options of their own.
         layers: Which of the self-attention layers, counted in the order of execution: a slice, indices, or a slice as
             text ("6:"). All by default. ``neutreno`` and ``value_residual`` begin with the second layer of the model.
-        **options: Of the remedy, where there is one name; see :func:`describe`.
+        **options: Options of the remedy, if there is one name only; see :func:`describe`.
 
     Returns:
         ``model``.
 
     Raises:
         RemedyError: If a name or option is unknown, the model has a remedy already, or the remedy has no meaning in
-            it. The model is then as it was.
+            it. The model is then unchanged.
     """
     wanted = _parse(names, layers, options)
     found = find_layers(model)
@@ -120,19 +120,19 @@ def add_remedy(
 
 
 def remedies_of(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What :func:`add_remedy` did: names with all options, plain data that ``add_remedy(other, ...)`` takes again."""
+    """What :func:`add_remedy` did: names with all options, as plain data that ``add_remedy(other, ...)`` accepts."""
     return {name: dict(options) for part in _records(model) for name, options in part.remedies.items()}
 
 
 def remedy_options(names: Sequence[str], options: Options) -> dict[str, dict[str, Any]]:
-    """What a command line says of remedies in the form of :func:`add_remedy`.
+    """Remedies of a command line, in the form that :func:`add_remedy` takes.
 
     Args:
-        names: Of the remedies, the first next to the softmax.
+        names: The remedies, the first one next to the softmax.
         options: ``{"K": 3}`` for the only remedy, ``{"gfsa.K": 3}`` for one of several; ``{"layers": "6:"}`` for all.
 
     Raises:
-        RemedyError: If an option is of none of them, or a remedy is named twice.
+        RemedyError: If an option belongs to none of them, or a remedy is named twice.
     """
     if len(set(names)) < len(names):
         raise RemedyError(f"a remedy is named twice: {' '.join(names)}")
@@ -153,7 +153,7 @@ def remedy_options(names: Sequence[str], options: Options) -> dict[str, dict[str
 
 
 def remove_remedy(model: nn.Module) -> nn.Module:
-    """Undoes :func:`add_remedy`: every module has its class again, the remedies' parameters are gone.
+    """Undoes :func:`add_remedy`: restores every module's class and removes the remedies' parameters.
 
     Returns:
         ``model``.
@@ -176,19 +176,19 @@ def remove_remedy(model: nn.Module) -> nn.Module:
 
 
 def _records(model: nn.Module) -> list[nn.Module]:
-    """The modules that :func:`add_remedy` was called with: the model itself, or what it wraps."""
+    """The modules that :func:`add_remedy` was called with: the model itself, or a module inside it."""
     return [part for part in model.modules() if isinstance(part.__dict__.get("remedies"), dict)]
 
 
 def _note_in_config(model: nn.Module) -> None:
-    """Models of Hugging Face transformers write their configuration beside their weights, with its keys sorted."""
+    """Notes the remedies in a Hugging Face model's configuration; as a list, since it is saved with its keys sorted."""
     config = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):
         config.remedies = [list(item) for item in remedies_of(model).items()]
 
 
 def remedies_at(module: nn.Module) -> tuple[Remedy, ...]:
-    """The remedies in one module, be it converted or a layer of the zoo with a remedy built in."""
+    """The remedies in one module: a converted one, or a layer of the zoo with a remedy built in."""
     conversion = module.__dict__.get("conversion")
     if isinstance(conversion, Conversion):
         return conversion.remedies
@@ -228,7 +228,7 @@ def _find_remedy(name: str) -> type[Remedy]:
 def _parse(
     names: str | Sequence[str] | Mapping[str, Options], layers: Layers, options: Options
 ) -> list[tuple[Remedy, str | list[int] | None]]:
-    """The one place that looks at raw arguments: remedies with the layers for each in the form that is kept."""
+    """Validates the raw arguments, here and nowhere else: each remedy with its layers, in the form that is recorded."""
     if isinstance(names, str):
         names = {names: options}
     elif options:
@@ -307,7 +307,7 @@ def _refuse_converted(model: nn.Module) -> None:
 
 @dataclass
 class _Change:
-    """What is to be done to one module."""
+    """The planned change of one module."""
 
     module: nn.Module
     shape: LayerShape
@@ -324,12 +324,12 @@ class _Plan:
         self.model = model
         self.layers = layers
         self.changes: dict[nn.Module, _Change] = {}
-        self.readers: list[Layer] = []  # of the first layer's values
+        self.readers: list[Layer] = []  # layers that read the first layer's values
         self.done: list[tuple[Remedy, str | list[int] | None]] = []
         self.is_zoo_family = isinstance(model, VisionTransformer | Cait | SwinTransformer)
 
     def add(self, remedy: Remedy, spec: str | list[int] | None, layers: list[Layer]) -> None:
-        """One remedy in some layers.
+        """Plans one remedy in some layers.
 
         Raises:
             RemedyError: If it has no meaning there.

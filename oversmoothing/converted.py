@@ -1,4 +1,4 @@
-"""The classes that modules become when they are converted: what they were, with remedies in between."""
+"""The classes that converted modules get: subclasses of their own class, with remedies added."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -14,10 +14,10 @@ from .remedies.first_values import FirstValues
 
 @dataclass
 class Conversion:
-    """What was done to one module; its attribute ``conversion``."""
+    """The record of a conversion, kept as the module's attribute ``conversion``."""
 
     original: type[nn.Module]
-    shape: LayerShape | None = None  # None: of a whole model
+    shape: LayerShape | None = None  # None for a whole model
     remedies: tuple[Remedy, ...] = ()
     first_values: FirstValues | None = None
     state: tuple[str, ...] = ()  # parameters and modules that were added
@@ -25,14 +25,14 @@ class Conversion:
 
 
 class Converted:
-    """Base of all classes made here. A pickle of such a module names the class that it was made from."""
+    """Base of all classes made here. The pickle of such a module names its mixin and its original class."""
 
     mixin: ClassVar[type["Converted"]]
     original: ClassVar[type[nn.Module]]
     conversion: Conversion
 
     def reset_parameters(self) -> None:
-        """Start values, of the original's parameters and the remedies' (timm calls it after ``to_empty``)."""
+        """Resets the original's and the remedies' parameters to start values (timm calls this after ``to_empty``)."""
         if hasattr(super(), "reset_parameters"):
             super().reset_parameters()
         for remedy in self.conversion.remedies:
@@ -69,7 +69,7 @@ class RemediedKind:
     """What the analysis sees of a converted attention module: its kind, with the remedies on the maps."""
 
     def applied_maps(self, attn: "Remedied", heads: Heads) -> Tensor:
-        """(B, H, Q, N), after those remedies that are maps."""
+        """(B, H, Q, N), after those remedies that act on maps."""
         maps = super().applied_maps(attn, heads)
         for remedy in attn.conversion.remedies:
             if isinstance(remedy, AttentionRemedy) and remedy.has_maps():
@@ -100,7 +100,7 @@ class Remedied(Converted):
 
 
 class RemediedBlock(Converted):
-    """A block of windows, whose attention branch is whole again only behind a method of its own."""
+    """A block with windows: a method of the block, not of the attention layer, returns the whole attention branch."""
 
     def _attn(self, x: Tensor) -> Tensor:
         return self._with_remedies(super()._attn(x))
@@ -129,7 +129,7 @@ class RemediedNorm(Converted):
 
 
 def on_branch(remedy: BranchRemedy, module: nn.Module, y: Any, kind: Kind, heads: Heads | None = None) -> Any:
-    """A branch remedy on what an attention module returns, in whatever form; ``heads`` tell padded tokens."""
+    """Applies a branch remedy to the output of an attention module, in any form; ``heads`` tell padded tokens."""
     if isinstance(y, tuple):
         return on_branch(remedy, module, y[0], kind, heads), *y[1:]
     tokens = y.flatten(1, -2) if kind.channels_last else y.flatten(2).mT

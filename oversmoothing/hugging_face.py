@@ -1,7 +1,7 @@
-"""Models of Hugging Face transformers with remedies, to disk and back.
+"""Saving and loading of Hugging Face models with remedies.
 
-``add_remedy`` notes in the model's configuration what it did, so ``model.save_pretrained`` and ``push_to_hub`` write it
-beside the weights. ``from_pretrained`` here reads it::
+``add_remedy`` notes the remedies in the model's configuration, so ``model.save_pretrained`` and ``push_to_hub`` write
+them beside the weights. ``from_pretrained`` here reads them::
 
     model = add_remedy(Dinov2Model.from_pretrained("facebook/dinov2-small"), "attnscale")
     model.save_pretrained("here")

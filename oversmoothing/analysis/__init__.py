@@ -4,8 +4,8 @@
     analysis = analyze({"plain": model, "attnscale": other}, loader, "analysis")
     analysis.report  # path of a self-contained page; analysis.results holds every number in it
 
-Of several models, ``analysis.results[1].differences`` says how the second differs from the first, image by image.
-Further studies take the same models and batches, with labels where they need them::
+With several models, ``analysis.results[1].differences`` holds the differences of the second from the first, paired by
+image. Further studies take the same models and batches, with labels if they need them::
 
     cka.compare_layers(models, loader)                        # similarity of layers
     linear_probe.probe_layers(models, loader)                 # class information by layer
@@ -35,9 +35,9 @@ __all__ = ["Analysis", "UnsupportedModelError", "analyze", "layer_report"]
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was measured, and where it was written."""
+    """The numbers of an analysis, and the report's path."""
 
-    results: list[Result]  # one a model
+    results: list[Result]  # one per model
     report: Path  # report.html; analysis.csv, analysis.json and the figures lie beside it
 
 
@@ -49,23 +49,23 @@ def analyze(
     quantities: Iterable[str] = DEFAULT,
     patches_only: bool = False,
 ) -> Analysis:
-    """Runs models over images, one pass, and writes numbers, figures and a page.
+    """Runs models over images, in one pass, and writes numbers, figures and a page.
 
-    Models are measured in evaluation mode on the device where they are; their own modes are put back.
+    Models are measured in evaluation mode on their own device; afterwards their modes are restored.
 
     Args:
         models: A model, or several by their labels; each of a kind that ``probe.find_layers`` accepts.
         batches: A data loader: images of shape (B, 3, H, W), transformed, or tuples that begin with them. Memory grows
-            with the batch, not with the number of batches. Not read where no group needs images (``eigenvalues``).
-        output_dir: Where report.html, analysis.csv, analysis.json and the figures are written; made if needed.
-        quantities: Names of the groups that are measured (``quantities.GROUPS``), or ``all``.
+            with the batch, not with the number of batches. Not read if no group needs images (``eigenvalues``).
+        output_dir: Folder for report.html, analysis.csv, analysis.json and the figures; made if needed.
+        quantities: Names of the groups to measure (``quantities.GROUPS``), or ``all``.
         patches_only: Whether class, distillation and register tokens are left out of the feature quantities.
 
     Raises:
         UnsupportedModelError: If a model's attention cannot be recomputed.
-        ValueError: If there are no batches, or no group of a name.
+        ValueError: If there are no batches, or a group is unknown.
     """
-    from .report import write_analysis  # with matplotlib, which measuring does without
+    from .report import write_analysis  # imports matplotlib, which measuring does not need
 
     groups = choose(quantities)
     models = by_label(models)

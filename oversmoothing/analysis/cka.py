@@ -1,4 +1,4 @@
-"""Linear CKA: how alike the features of two layers are, of one model or of two, whatever their width and rotation."""
+"""Linear CKA: similarity of two layers' features, of one model or of two, independent of width and rotation."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ def hsic(grams: Tensor) -> Tensor:
     """Unbiased estimates of HSIC between all pairs of linear kernels of the same images.
 
     Args:
-        grams: ``X X^T`` of each of L sets of features, (L, n, n), n >= 4; float64. Centred or not: the estimate is
-            the same.
+        grams: ``X X^T`` of each of L sets of features, (L, n, n), n >= 4; float64. Centring does not change the
+            estimate.
 
     Returns:
-        (L, L), symmetric, in squared units of both features; around 0 for independent features, and then negative
-        about half of the time.
+        (L, L), symmetric, in squared units of both features. For independent features the values scatter around 0,
+        about half of them negative.
 
     Source: Song et al., "Feature selection via dependence maximization", JMLR 2012, HSIC_1; used for CKA by Nguyen et
     al., arXiv 2010.15327, equation 3.
@@ -43,15 +43,15 @@ def hsic(grams: Tensor) -> Tensor:
 
 
 class RunningCKA:
-    """Linear CKA between all pairs of L sets of features, from minibatches; its size does not depend on the images.
+    """Linear CKA between all pairs of L sets of features, from minibatches; memory is independent of the image count.
 
-    The features of the images are gathered to minibatches of their own, so the result does not depend on how the
-    images arrive. Of each, HSIC is estimated without bias and averaged; CKA is the ratio of the averages. The
-    alternative, sums of cross-covariances, would need (L C)^2 numbers, and with as few images as features its
-    HSIC is far above 0 even for independent features.
+    The features are regrouped into minibatches of a fixed size, so the result does not depend on the size of the
+    batches that arrive. HSIC is estimated without bias on each minibatch and averaged; CKA is the ratio of the
+    averages. The alternative, sums of cross-covariances, would need (L C)^2 numbers, and with as few images as features
+    its HSIC is far above 0 even for independent features.
 
     Args:
-        minibatch: Images of one, 4 or more; memory is ``L * minibatch^2`` numbers.
+        minibatch: Images per minibatch, 4 or more; memory is ``L * minibatch^2`` numbers.
     """
 
     def __init__(self, minibatch: int = MINIBATCH) -> None:
@@ -65,15 +65,15 @@ class RunningCKA:
     def update(self, features: Sequence[Tensor]) -> None:
         """Adds the features of B images: L tensors (B, C), of any widths, on one device or several."""
         self._waiting.append([x.detach() for x in features])
-        # What stays is enough for a minibatch of its own.
+        # At least LEAST images stay, enough for a last minibatch.
         while self._num_waiting() >= self.minibatch + LEAST:
             self._add(self.minibatch)
 
     def result(self) -> Tensor:
         """CKA of all pairs, (L, L), float64, dimensionless.
 
-        1 on the diagonal; 1 for features that differ by a rotation, a scale and a shift; around 0, and possibly a bit
-        below, for independent ones; nan where features do not differ between images.
+        1 on the diagonal, and for features that differ by a rotation, a scale and a shift only; around 0, possibly a
+        little below, for independent features; nan where features do not differ between images.
 
         Raises:
             ValueError: If there were fewer than 4 images.
@@ -94,7 +94,7 @@ class RunningCKA:
             raise ValueError(f"CKA needs {LEAST} images or more, got {n}")
         joined = [torch.cat([x.double() for x in layer]) for layer in zip(*self._waiting, strict=True)]
         self._waiting = [[x[n:] for x in joined]] if len(joined[0]) > n else []
-        # Centred, though the estimate does not need it: common offsets would cost it digits.
+        # The estimate does not need centring, but common offsets would cost precision.
         centred = (x[:n] - x[:n].mean(dim=0) for x in joined)
         grams = torch.stack([(x @ x.T).cpu() for x in centred])
         self.count += n
@@ -147,7 +147,7 @@ class CKA:
 def compare_layers(models: Models, batches: Iterable[Any], *, pool: str = "patches", minibatch: int = MINIBATCH) -> CKA:
     """Linear CKA between the outputs of all blocks, within each model and between models.
 
-    One pass over the images, without gradients; the models' modes are put back. Features are one vector an image.
+    One pass over the images, without gradients; the models' modes are restored. Features are one vector per image.
 
     Args:
         models: A model, or several by their labels; each of a kind that :func:`probe.find_layers` accepts. Widths and
@@ -157,8 +157,8 @@ def compare_layers(models: Models, batches: Iterable[Any], *, pool: str = "patch
         minibatch: See :class:`RunningCKA`.
 
     Raises:
-        UnsupportedModelError: If a model's layers cannot be looked into.
-        ValueError: If the pool is unknown or a model has no class token in its blocks, or for fewer than 4 images.
+        UnsupportedModelError: If a model has layers that cannot be analysed.
+        ValueError: If the pool is unknown, a model has no class token in its blocks, or there are fewer than 4 images.
 
     Source: Kornblith et al., arXiv 1905.00414; the minibatch estimator: Nguyen et al., arXiv 2010.15327.
     """
@@ -181,7 +181,7 @@ def compare_layers(models: Models, batches: Iterable[Any], *, pool: str = "patch
 
 
 def draw_cka(cka: CKA) -> Any:
-    """One heat map a pair of models, a model with itself included; the numbers are in the cells of small ones."""
+    """One heat map per pair of models, including a model with itself; small ones have the numbers in their cells."""
     pairs = list(combinations_with_replacement(cka.layers, 2))
     pairs.sort(key=lambda pair: pair[0] != pair[1])  # each model with itself, then two with each other
     columns = min(3, len(pairs))

@@ -1,4 +1,4 @@
-"""What a forward pass costs."""
+"""The cost of a forward pass."""
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,11 @@ from .probe import evaluating
 def count_macs(model: nn.Module, image: Tensor) -> int:
     """Multiply-accumulates of one forward pass, matrix products and convolutions only, without any fast path.
 
-    So they are comparable with published numbers ("FLOPs" in the papers of this field); the counter does not see into
-    fused attention either.
+    This makes them comparable with published numbers ("FLOPs" in the papers of this field). The counter cannot count
+    inside fused attention either.
 
     Args:
-        model: Its mode and its fast paths are put back.
+        model: The model; its mode and its fast paths are restored.
         image: Shape (1, 3, H, W), on the model's device.
     """
     switches = [(module, module.fused_attn) for module in model.modules() if hasattr(module, "fused_attn")]

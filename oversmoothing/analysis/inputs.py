@@ -1,4 +1,4 @@
-"""Batches, models and outputs in the forms that users have them."""
+"""Brings users' batches, models and outputs into one form."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,23 +9,23 @@ Models = nn.Module | Mapping[str, nn.Module]
 
 
 def by_label(models: Models) -> dict[str, nn.Module]:
-    """Models by their labels; of a single one the name of its class."""
+    """Models by their labels; a single model gets its class name as label."""
     return {type(models).__name__: models} if isinstance(models, nn.Module) else dict(models)
 
 
 def inputs_and_labels(
     batches: Iterable[Any], models: Sequence[nn.Module], labelled: str = ""
 ) -> Iterator[tuple[list[Tensor], Tensor | None]]:
-    """For each batch the input of every model, on the device where that is, and the labels (B,), if there are any.
+    """For each batch, the input of every model on the model's device, and the labels (B,), if there are any.
 
     Args:
-        batches: Images (B, 3, H, W); or tuples of them and labels; or, where the models want images of their own,
-            tuples of a list, one input a model, and labels.
+        batches: Images (B, 3, H, W); or tuples of images and labels; or, if the models need different inputs, tuples of
+            a list with one input per model, and labels.
         models: In the order of such lists.
         labelled: What needs labels, for the message; empty: nothing does.
 
     Raises:
-        ValueError: If there are no batches, no labels where they are needed, or labels that are no class indices.
+        ValueError: If there are no batches, labels are needed but missing, or labels are not class indices.
     """
     devices = [next(model.parameters()).device for model in models]
     empty = True
@@ -50,7 +50,7 @@ def _check_labels(labels: Any, count: int, labelled: str) -> None:
 
 
 def logits_of(output: Any, label: str) -> Tensor:
-    """The logits (B, classes) of whatever a model returns: a tensor, a tuple that begins with it, or ``.logits``.
+    """The logits (B, classes) in a model's output: a tensor, a tuple that begins with it, or an object's ``.logits``.
 
     Raises:
         ValueError: If the output has none.

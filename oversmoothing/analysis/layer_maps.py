@@ -1,4 +1,4 @@
-"""One image, layer by layer: what a group of quantities shows over its grid of patches."""
+"""One image, layer by layer: a group's quantity over the grid of patches."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ MOST_LAYERS = 12  # in one figure
 
 @dataclass(frozen=True)
 class LayerMaps:
-    """The maps of one model over one picture."""
+    """The maps of one model for one image."""
 
     label: str
     picture: Tensor  # (H, W, 3) in [0, 1], as the model sees it
-    maps: dict[str, Tensor]  # block -> (rows, columns); blocks that have none are not there
+    maps: dict[str, Tensor]  # block -> (rows, columns); blocks without a map are absent
 
 
 def layer_maps(subject: Subject, image: Tensor, group: str) -> LayerMaps:
-    """The maps of a group that has ``image_map``, in one pass of one image.
+    """The maps of a group that has ``image_map``, in one forward pass of one image.
 
     Args:
         subject: The model.
@@ -50,10 +50,10 @@ def layer_maps(subject: Subject, image: Tensor, group: str) -> LayerMaps:
 
 
 def draw_layer_maps(items: Sequence[LayerMaps], label: str) -> Figure:
-    """Per model the picture and up to 12 layers, evenly spaced with the first and the last, on one colour scale.
+    """For each model, the picture and up to 12 layers, evenly spaced from first to last, on one colour scale.
 
     Args:
-        items: The models; those without any map are left out.
+        items: The maps of each model; models without any map are left out.
         label: What the colours mean.
     """
     items = [item for item in items if item.maps]
@@ -85,7 +85,7 @@ def _spaced(blocks: list[str]) -> list[str]:
 
 
 def layer_map_rows(items: Sequence[LayerMaps], group: str) -> Iterable[dict[str, Any]]:
-    """Every number of the maps, those of layers that the figure has no room for included."""
+    """Every number of the maps, also of layers that are not in the figure."""
     for item in items:
         for block, values in item.maps.items():
             for row, numbers in enumerate(values.tolist()):

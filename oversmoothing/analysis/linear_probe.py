@@ -1,4 +1,4 @@
-"""Linear probes: in which layer can the class of an image be read off by a linear classifier?"""
+"""Linear probes: from which layer's features can a linear classifier tell the class of an image?"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from .probe import evaluating, find_layers
 
 STRENGTHS = tuple(10.0**power for power in range(-2, 6))  # of the ridge, on standardised features
 HELD_OUT = 0.5  # share of the images that accuracy is measured on
-LEAST = 4  # images a class, on average
+LEAST = 4  # images per class, on average
 
 
 @dataclass(frozen=True)
@@ -27,23 +27,23 @@ class Probe:
     """A linear classifier on one layer's features."""
 
     accuracy: float  # of the held-out images, in %
-    low: float  # 95% interval of it (Wilson), in %: over images
+    low: float  # 95% interval of the accuracy (Wilson) over images, in %
     high: float
     strength: float  # of the ridge
 
 
 @dataclass(frozen=True)
 class LinearProbes:
-    """One probe a layer and kind of features, for each model."""
+    """For each model, one probe per layer and kind of features."""
 
     layers: dict[str, list[str]]  # label -> names of the blocks
     probes: dict[str, list[dict[str, Probe]]]  # label -> layer -> pool (of POOLS) -> probe
     num_training: int  # images
     num_held_out: int
-    chance: float  # accuracy of always naming the class that is most frequent among the training images, in %
+    chance: float  # accuracy of always predicting the most frequent class of the training images, in %
 
     def curve(self, label: str, pool: str) -> list[tuple[int, Probe]]:
-        """Layers of a model that have the features, and their probes."""
+        """The layers of a model that have these features, with their probes."""
         return [(layer, found[pool]) for layer, found in enumerate(self.probes[label]) if pool in found]
 
     def rows(self) -> Iterable[dict[str, Any]]:
@@ -85,11 +85,11 @@ class LinearProbes:
 
 
 def probe_layers(models: Models, batches: Iterable[Any], *, seed: int = 0) -> LinearProbes:
-    """Accuracy of a linear classifier on the output of every block, on images that it was not fitted on.
+    """Accuracy of a linear classifier on the output of every block, measured on held-out images.
 
-    Half of the images, drawn by ``seed``, are held out. The others fit, each of them left out once to choose the
-    strength of the ridge. The models are only read; their modes are put back. Features are one vector an image and
-    layer, kept in float32: 4 bytes x images x layers x channels, and twice that where there is a class token (10,000
+    Half of the images, drawn by ``seed``, are held out. The classifier is fitted on the others; leave-one-out errors
+    choose the strength of the ridge. The models are only read; their modes are restored. Features are one vector per
+    image and layer, kept in float32: 4 bytes x images x layers x channels, and twice that with a class token (10,000
     images through DeiT-S: 370 MB).
 
     Args:
@@ -98,8 +98,8 @@ def probe_layers(models: Models, batches: Iterable[Any], *, seed: int = 0) -> Li
         seed: Of the split.
 
     Raises:
-        UnsupportedModelError: If a model's layers cannot be looked into.
-        ValueError: If there are no labels, fewer than two classes, or fewer than four images a class on average.
+        UnsupportedModelError: If a model has layers that cannot be analysed.
+        ValueError: If there are no labels, fewer than two classes, or fewer than four images per class on average.
 
     Source: Alain and Bengio, arXiv 1610.01644, with a ridge classifier in closed form (scikit-learn's).
     """
@@ -130,7 +130,7 @@ def probe_layers(models: Models, batches: Iterable[Any], *, seed: int = 0) -> Li
 
 
 def split(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the images that are fitted on, in the order of a draw by ``seed``, and of those that are held out.
+    """Indices of the images to fit on and of the held-out images, drawn by ``seed``.
 
     Raises:
         ValueError: If there are too few classes, or too few images for them.
@@ -148,13 +148,13 @@ def split(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit_probe(features: np.ndarray, labels: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> Probe:
-    """One probe.
+    """Fits one probe and measures its accuracy.
 
     Args:
         features: Shape (images, C).
         labels: Shape (images,), class indices.
-        train: Images to fit on and to choose the strength of the ridge by, with the squared error of those left out.
-        held_out: Images to measure on.
+        train: Indices of the images to fit on. The squared leave-one-out error on them chooses the ridge's strength.
+        held_out: Indices of the images to measure on.
     """
     classifier = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=STRENGTHS))
     classifier.fit(features[train].astype(np.float64), labels[train])
@@ -165,7 +165,7 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, train: np.ndarray, held_
 
 
 def draw_probes(result: LinearProbes) -> Any:
-    """Accuracy by layer, a panel a kind of features, a line a model."""
+    """Accuracy by layer, one panel per kind of features, one line per model."""
     pools = [pool for pool in POOLS if any(result.curve(label, pool) for label in result.probes)]
     figure, axes = panels(1, len(pools), width=4.6, height=3.4, sharey=True)
     for ax, pool in zip(axes.flat, pools, strict=True):

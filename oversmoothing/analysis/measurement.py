@@ -15,14 +15,15 @@ from .values import RunningMean, Values
 
 
 class Measurement:
-    """Running statistics of every quantity in every layer of one model; its size does not depend on the images.
+    """Running statistics of every quantity in every layer of one model; memory is independent of the image count.
 
-    Of the last batch, ``batch`` holds for each layer what is a number an image, head or window.
+    ``batch`` holds, for each layer, the last batch's quantities without a spectrum or profile: one number per image,
+    head or window.
 
     Args:
         subject: The model.
         patches_only: Whether class, distillation and register tokens are left out of the feature quantities.
-        quantities: Names of the groups that are measured (``quantities.GROUPS``).
+        quantities: Names of the groups to measure (``quantities.GROUPS``).
     """
 
     def __init__(self, subject: Subject, patches_only: bool = False, quantities: Iterable[str] = DEFAULT) -> None:
@@ -33,7 +34,7 @@ class Measurement:
         self.batch: list[dict[str, Tensor]] = []
 
     def update(self, images: Tensor) -> None:
-        """Runs the model on images of shape (B, 3, H, W) and adds what each layer does."""
+        """Runs the model on images of shape (B, 3, H, W) and adds the quantities of each layer."""
         self.num_images += len(images)
         self.batch = [{} for _ in self.layers]
         grid = probe.patch_grid(self.subject.model, images)
@@ -65,7 +66,7 @@ class Measurement:
         return layers
 
     def result(self) -> Result:
-        """Everything that was measured, with what it was measured on."""
+        """Everything that was measured, with the model and the number of images."""
         subject = self.subject
         return Result(
             subject.label,
@@ -86,13 +87,13 @@ def measure(
     patches_only: bool = False,
     quantities: Iterable[str] = DEFAULT,
 ) -> list[Result]:
-    """One pass over the images, through all models; each but the first is compared with the first, image by image.
+    """One pass over the images, through all models; the first is compared with each of the others, image by image.
 
     Args:
-        subjects: The models, each in the mode and on the device where it is to be measured.
-        batches: Each holds one input for each model, images of shape (B, 3, H, W); none where no group needs images.
+        subjects: The models, each in the mode and on the device in which to measure it.
+        batches: Each holds one input per model, images of shape (B, 3, H, W); empty if no group needs images.
         patches_only: Whether class, distillation and register tokens are left out of the feature quantities.
-        quantities: Names of the groups that are measured (``quantities.GROUPS``), or ``all``.
+        quantities: Names of the groups to measure (``quantities.GROUPS``), or ``all``.
     """
     first, *others = [Measurement(subject, patches_only, quantities) for subject in subjects]
     pairs = [PairedDifferences() if len(other.layers) == len(first.layers) else None for other in others]

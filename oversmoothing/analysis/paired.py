@@ -1,7 +1,7 @@
-"""Differences between two models, paired by image: in which layer, how large, and within which interval.
+"""Differences between two models, paired by image, by layer, with intervals.
 
-Every image goes through both models, so what makes an image easy or hard falls out of the difference. The intervals are
-about images: two models as they are, on other images of the same kind. They say nothing of other training runs of the
+Every image goes through both models, so the variation between images cancels in the difference. The intervals are over
+images: these two trained models on other images of the same kind. They say nothing about other training runs of the
 same two recipes; scripts/compare.py compares those, over seeds.
 """
 
@@ -16,13 +16,13 @@ from torch import Tensor
 from .values import RunningMean
 
 LEVEL = 0.95  # of the intervals, of all layers of a quantity together
-# Quantity -> its name in a sentence. The others are in the files alone.
+# Quantity -> its name in a sentence. All other quantities are only in the files.
 SENTENCES = {
     "token_similarity": "the token similarity",
     "hc_dc_mlp": "the HC/DC ratio",
     "effective_rank": "the effective rank",
 }
-# Smaller differences are float32's rounding, which equal models with other kernels have too.
+# Smaller differences are float32 rounding: equal models that run other kernels show them too.
 ROUNDING = dict(rtol=1e-4, atol=1e-6)
 
 
@@ -34,11 +34,11 @@ class Difference:
     std: float  # over the images, of the sample (n - 1)
     low: float  # interval of the mean, corrected for the number of layers
     high: float
-    p: float  # of the paired t test, corrected likewise
+    p: float  # of the paired t test, with the same correction
 
     @property
     def found(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
@@ -53,7 +53,7 @@ class Differences:
     count: int  # images
 
     def sentences(self) -> list[str]:
-        """What may be said of each of ``SENTENCES``, one sentence each."""
+        """The findings on the quantities of ``SENTENCES``, one sentence each."""
         return [self._sentence(name) for name in SENTENCES if self.quantities.get(name)]
 
     def _sentence(self, quantity: str) -> str:
@@ -98,10 +98,10 @@ class Differences:
 
 
 class PairedDifferences:
-    """Running mean and variance of what one model has more than another, image by image; its size is fixed.
+    """Running mean and variance of one model's quantities minus another's, image by image; memory is fixed.
 
-    Quantities with a number a head are averaged over the heads, those of windows (Swin's maps) over the windows of an
-    image. Those with a spectrum are left out.
+    Quantities per head are averaged over the heads, quantities per window (Swin's maps) over the windows of an image.
+    Quantities with a spectrum are left out.
     """
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class PairedDifferences:
         self.layers: dict[tuple[str, int], RunningMean] = {}
 
     def update(self, ours: Sequence[Mapping[str, Tensor]], theirs: Sequence[Mapping[str, Tensor]], images: int) -> None:
-        """Adds the images of a batch: for each layer quantity -> (images, ...) of both models."""
+        """Adds the images of a batch: for each layer, quantity -> (images or windows, ...), of both models."""
         self.count += images
         for layer, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
             for name in mine.keys() & other.keys():
@@ -118,7 +118,7 @@ class PairedDifferences:
                 self.layers.setdefault((name, layer), RunningMean()).update(difference)
 
     def result(self, label: str, baseline: str, blocks: list[str]) -> Differences:
-        """Means with intervals, Student's t, each at the level that holds for all layers of a quantity (Bonferroni).
+        """Means with Student's t intervals, corrected for the number of layers of a quantity (Bonferroni).
 
         Args:
             label: Of the model.
@@ -133,7 +133,7 @@ class PairedDifferences:
         quantities: dict[str, dict[int, Difference]] = {}
         for (name, layer), running in self.layers.items():
             mean, std = running.mean.item(), running.std.item() * math.sqrt(self.count / (self.count - 1))
-            if math.isfinite(mean) and math.isfinite(std):  # the ratio of a mean token that is zero is not
+            if math.isfinite(mean) and math.isfinite(std):  # HC/DC is not finite if the mean token is zero
                 quantities.setdefault(name, {})[layer] = Difference(mean, std, math.nan, math.nan, math.nan)
         for layers in quantities.values():
             for layer, difference in layers.items():
@@ -142,8 +142,8 @@ class PairedDifferences:
 
 
 def _tested(mean: float, std: float, count: int, tests: int) -> Difference:
-    """A paired t test from the mean and the standard deviation of the differences, Bonferroni for ``tests`` of them."""
-    from scipy.stats import t  # which nothing else of measuring needs
+    """A paired t test from the mean and the std of the differences, with Bonferroni correction for ``tests`` tests."""
+    from scipy.stats import t  # imported here: nothing else in measuring needs scipy
 
     error = std / math.sqrt(count)
     if error == 0:

@@ -1,4 +1,4 @@
-"""One vector an image and layer: the mean of a block's patch tokens, or its class token."""
+"""One vector per image and layer: the mean of a block's patch tokens, or its class token."""
 
 import math
 
@@ -14,13 +14,13 @@ def pooled_outputs(model: nn.Module, images: Tensor, pools: tuple[str, ...]) -> 
     """Runs a model and pools the output of every block.
 
     Args:
-        model: Any model :func:`probe.find_layers` accepts, in the mode in which it is to run.
+        model: Any model :func:`probe.find_layers` accepts, in the mode in which to run it.
         images: Shape (B, 3, H, W), on the model's device.
         pools: Of ``POOLS``.
 
     Returns:
         For each layer, pool -> (B, C), float32; C differs between the stages of a hierarchical model. ``class`` is
-        missing where a block has no class token: in CaiT it joins behind these blocks, Swin has none.
+        missing where a block has no class token: CaiT adds it after these blocks, Swin has none.
     """
     num_patches = math.prod(probe.patch_grid(model, images))
     has_class = any(name.rpartition(".")[2] in CLASS_TOKENS for name, _ in model.named_parameters())

@@ -1,9 +1,9 @@
-"""Looks into a model's forward pass: one layer at a time, its tokens and its attention maps.
+"""Reads a model's forward pass: one layer at a time, its tokens and its attention maps.
 
 Attention maps are recomputed from the layer's input by its kind (``oversmoothing.attention``), because fused attention
-never holds them; ``visiting`` hands out the layers by hooks, which are gone afterwards; ``layer_report`` is the summary
-that a training run logs. Models are not changed, but while there are hooks ours take no path that skips a layer's
-module or most of the last block's tokens.
+never makes them. ``visiting`` passes each layer to a visitor by hooks, which are removed afterwards; ``layer_report``
+is the summary that a training run logs. Models are not changed. While hooks are registered, the zoo's models take no
+fast path that bypasses a layer's module or skips tokens of the last block.
 The quantities themselves, and the conventions on B, N, C and DC, are in ``spectrum.py``.
 """
 
@@ -26,21 +26,21 @@ class AttentionMaps(NamedTuple):
 
     softmax: Tensor  # rows sum to one
     mixed: Tensor  # after CaiT's second head mixing; elsewhere the softmax
-    applied: Tensor  # what multiplies the values: ``mixed`` after AttnScale, where the layer has it
+    applied: Tensor  # multiplies the values: ``mixed`` after the layer's remedies, if it has any
 
 
 def find_layers(model: nn.Module) -> list[AttentionLayer]:
     """The self-attention blocks of a model, in the order of registration, which in timm is the order of execution.
 
-    Left out is attention whose map is not square, and so has no spectrum: class attention (CaiT), layers that pool
-    their queries or keys (Hiera at the head of a stage), and what :mod:`oversmoothing.attention` refuses by name.
+    Attention without a square map has no spectrum and is left out: class attention (CaiT), layers that pool their
+    queries or keys (Hiera at the head of a stage), and classes that :mod:`oversmoothing.attention` refuses.
 
     Args:
         model: A model without compile or data-parallel wrappers.
 
     Raises:
-        UnsupportedModelError: If a block's attention is of a class that has no kind, if no block has any with square
-            maps, or if blocks add several attention branches at once.
+        UnsupportedModelError: If a block's attention is of a class without a kind, if no attention has square maps, or
+            if a block holds several attention layers.
     """
     layers = [layer for layer in attention_layers(model) if layer.kind.is_square(layer.attn)]
     if not layers:
@@ -73,7 +73,7 @@ class LayerView:
     def after_attention(self) -> Tensor:
         """What the attention branch adds to the residual stream, (B, N, C): after FeatScale and LayerScale."""
         branch, stream = self._sequence(self._branch), self.after_residual
-        return branch if branch.shape == stream.shape else stream - self._sequence(self._input)  # else it is in windows
+        return branch if branch.shape == stream.shape else stream - self._sequence(self._input)  # else in windows
 
     @property
     def after_residual(self) -> Tensor:
@@ -89,16 +89,16 @@ class LayerView:
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """Rows and columns of the block's output, where it is a map and not a sequence."""
+        """Rows and columns of the block's output if it is a feature map; None for a sequence."""
         if self._output.dim() == 3:
             return None
         return tuple(self._output.shape[1:3] if self.layer.kind.block_channels_last else self._output.shape[2:])
 
     def patch_tokens(self, num_patches: int) -> Tensor | None:
-        """The block's output without the tokens in front of the patches, (B, num_patches, C).
+        """The block's output without the prefix tokens, (B, num_patches, C).
 
         A hierarchical model's output, (B, H, W, C), holds patches only, at its own resolution: all of it is returned.
-        None where the tokens are not in the order of the image's rows (Hiera, NesT).
+        None if the tokens are not in the order of the image's rows (Hiera, NesT).
         """
         if not self.layer.kind.raster:
             return None
@@ -125,14 +125,14 @@ class LayerView:
 
 
 def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
-    """Rows and columns of patches that a model cuts images of this size into; of its first stage, if it has stages.
+    """Rows and columns of a model's patches for images of this size; those of the first stage, if it has stages.
 
     Args:
         model: A model of timm, or of transformers with ``patch_size`` in its configuration.
         images: Shape (B, 3, H, W).
 
     Raises:
-        UnsupportedModelError: If the model does not say, so that patches and prefix tokens cannot be told apart.
+        UnsupportedModelError: If the patch size is unknown, so that patches and prefix tokens cannot be told apart.
     """
     patch_embed = getattr(model, "patch_embed", None)
     if hasattr(patch_embed, "dynamic_feat_size"):
@@ -153,7 +153,7 @@ def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
 def visiting(model: nn.Module, visit: Callable[[LayerView], None]) -> Iterator[list[AttentionLayer]]:
     """Within the context, every forward pass of ``model`` calls ``visit`` once per layer, as the layer ends.
 
-    Works by hooks, which are removed on leaving; the model is not changed. One layer's tensors are held at a time. The
+    It uses hooks, which are removed at the end; the model is not changed. One layer's tensors are held at a time. The
     attention branch is read at the block's drop-path, the last module before the residual sum (``drop_path1`` in timm's
     ViT, EVA and Swin, the first call of ``drop_path`` in CaiT).
 
@@ -212,7 +212,7 @@ def _hook_layer(index: int, layer: AttentionLayer, visit: Callable[[LayerView], 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients within the context; every module's own mode is put back after it."""
+    """Evaluation mode and no gradients within the context; afterwards every module's mode is restored."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -233,8 +233,8 @@ def feature_statistics(view: LayerView, num_patches: int, patches_only: bool = F
         patches_only: Leave those tokens out of every quantity, not only out of the 2-D spectrum.
 
     Returns:
-        Shape (B,) each, but ``singular_values`` of shape (B, min(N, C)), and ``delta_log_amplitude`` of shape
-        (B, G // 2 + 1), which only tokens in the order of a square grid have.
+        Shape (B,) each, except ``singular_values`` of shape (B, min(N, C)), and ``delta_log_amplitude`` of shape
+        (B, G // 2 + 1), which is missing unless the patches form a square grid in row order.
     """
 
     def tokens(x: Tensor) -> Tensor:
@@ -265,8 +265,8 @@ def map_statistics(maps: AttentionMaps, previous: Tensor | None = None) -> dict[
 
     Args:
         maps: The layer's maps, (B, num_heads, N, N).
-        previous: ``applied`` maps of the layer before, averaged over their heads, (B, N, N); heads of different layers
-            have no natural pairing.
+        previous: ``applied`` maps of the previous layer, averaged over heads, (B, N, N): heads of different layers have
+            no natural pairing.
 
     Returns:
         ``spectrum`` (B, num_heads, N); ``high_frequency_response``, ``dc_gain`` and ``attention_entropy``, each
@@ -290,7 +290,7 @@ def map_statistics(maps: AttentionMaps, previous: Tensor | None = None) -> dict[
 def layer_parameters(layer: AttentionLayer) -> dict[str, Tensor]:
     """The remedies' parameters of one layer that are vectors over heads or channels, such as ``lamb`` (num_heads,).
 
-    Names are those in the attention module (``lamb``), else those in the block (``lamb1``, ``norm1.contranorm_s``).
+    Names are relative to the attention module (``lamb``), else to the block (``lamb1``, ``norm1.contranorm_scale``).
     """
     own = f"{layer.attn_name.removeprefix(layer.name).lstrip('.')}."
     return {
@@ -303,19 +303,19 @@ def layer_parameters(layer: AttentionLayer) -> dict[str, Tensor]:
 def layer_report(model: nn.Module, images: Tensor) -> dict[str, list[float]]:
     """How smooth a model's features are, layer by layer, on a small batch: cheap enough to call while training.
 
-    One forward pass in evaluation mode without gradients (modes are put back), one synchronisation, no attention map,
+    One forward pass in evaluation mode without gradients (modes are restored), one synchronisation, no attention map,
     no random draw.
 
     Args:
         model: Any model :func:`find_layers` accepts, without data-parallel or ``torch.compile(model)`` wrappers. After
-            an in-place ``model.compile()`` the plain code runs, as compiled code would not call the hooks.
+            an in-place ``model.compile()`` the plain code runs here: compiled code would not call the hooks.
         images: Shape (B, 3, H, W), on the model's device; the same batch every time, so that only the model changes.
 
     Returns:
-        Lists with one number a layer, each a mean over the images: ``hc_dc_attention``, ``hc_dc_residual`` and
-        ``hc_dc_mlp`` (:func:`spectrum.high_frequency_ratio` of the attention branch, after the residual sum and of the
-        block's output), ``token_similarity`` and ``effective_rank`` (of the output). Then the means over heads or
-        channels of the remedies' parameters (:func:`layer_parameters`), NaN in layers that lack one.
+        Lists with one number per layer, each a mean over the images: ``hc_dc_attention``, ``hc_dc_residual`` and
+        ``hc_dc_mlp`` (:func:`spectrum.high_frequency_ratio` of the attention branch, of the residual stream after it
+        and of the block's output), ``token_similarity`` and ``effective_rank`` (of the output). Then the remedies'
+        parameters (:func:`layer_parameters`), as means over heads or channels; NaN in layers that lack one.
 
     Raises:
         UnsupportedModelError: As :func:`find_layers`.
@@ -335,6 +335,6 @@ def layer_report(model: nn.Module, images: Tensor) -> dict[str, list[float]]:
             row[view.index] = values.float().mean()
 
     with evaluating(model), visiting(model, visit) as layers:
-        model.forward(images)  # not model(images), which model.compile() replaces
+        model.forward(images)  # model(images) would run the code that model.compile() made
     table = torch.stack([torch.stack(values) for values in rows.values()]).tolist()
     return dict(zip(rows, table, strict=True))

@@ -49,12 +49,12 @@ def write_analysis(
 ) -> Path:
     """Writes analysis.csv and analysis.json (every number in a figure), the figures and report.html.
 
-    Where models were compared with the first one, differences.csv too.
+    Also writes differences.csv if models were compared with the first one.
 
     Args:
         results: May be empty, if only the maps of one image were drawn.
         folder: Made if needed.
-        settings: What a reader needs to make the same numbers again.
+        settings: What a reader needs to reproduce the numbers.
         pictures: Further figures, after those of the results.
 
     Returns:
@@ -79,7 +79,7 @@ def write_analysis(
 def render_report(
     results: Sequence[Result], pictures: Sequence[Picture], folder: Path, settings: dict[str, Any]
 ) -> str:
-    """The page, with the pictures of ``folder`` inside it.
+    """The page, with the pictures in ``folder`` embedded.
 
     Args:
         results: May be empty, if only the maps of one image were drawn.
@@ -116,12 +116,12 @@ def render_report(
 
 
 def html_page(title: str, parts: Iterable[str]) -> str:
-    """A self-contained page of parts in HTML."""
+    """A self-contained page made of parts in HTML."""
     return PAGE.format(title=html.escape(title), body="\n".join(parts))
 
 
 def html_picture(picture: Picture, folder: Path) -> str:
-    """A picture whose file lies in ``folder``, with its title and caption, inside the page."""
+    """A picture as part of the page, embedded from its file in ``folder``, with title and caption."""
     data = base64.b64encode((folder / picture.file).read_bytes()).decode()
     return (
         f'<figure><h2>{html.escape(picture.title)}</h2><img alt="{html.escape(picture.title)}" '
@@ -130,7 +130,7 @@ def html_picture(picture: Picture, folder: Path) -> str:
 
 
 def comparison(results: Sequence[Result]) -> list[str]:
-    """What differs between the first model and each other, in sentences; nothing for one model."""
+    """Differences of each other model from the first one, in sentences; empty for one model."""
     first, *others = results
     sentences = []
     for result in others:
@@ -155,7 +155,7 @@ def left_out_rows(result: Result) -> list[list[str]]:
 
 
 def layer_table(result: Result) -> str:
-    """One row a layer with every quantity that is a single number there, averaged over heads or channels."""
+    """One row per layer with its quantities as single numbers, averaged over heads or channels."""
     names = [
         name
         for name in quantities_of([result])

@@ -17,20 +17,20 @@ from .values import Values
 
 
 def quantities_of(results: Iterable["Result"]) -> dict[str, str]:
-    """Every quantity of an analysis, what it is, with its unit; the remedies' parameters after all others."""
+    """Every quantity of an analysis -> its description with its unit; the remedies' parameters come last."""
     results = list(results)
     measured = {name for result in results for layer in result.layers for name in layer}
     return {name: text for name, text in QUANTITIES.items() if name in measured} | parameters_of(results)
 
 
 def parameters_of(results: Iterable["Result"]) -> dict[str, str]:
-    """The remedies' parameters among the quantities of an analysis, and what they are."""
+    """The remedies' parameters among the quantities of an analysis -> their descriptions."""
     names = dict.fromkeys(name for result in results for layer in result.layers for name in layer)
     return {name: describe_parameter(name) for name in names if name not in QUANTITIES}
 
 
 def describe_parameter(name: str) -> str:
-    """Of which remedy a parameter is, and what that computes."""
+    """The remedy that a parameter belongs to, and the remedy's formula."""
     own = name.rpartition(".")[2]
     shape = LayerShape(0, dim=1, num_heads=1, head_dim=1)
     remedy = next(remedy for remedy in REMEDIES.values() if own in remedy().new_state(shape))
@@ -39,7 +39,7 @@ def describe_parameter(name: str) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured on one model."""
+    """The measurements of one model."""
 
     label: str
     name: str
@@ -53,7 +53,7 @@ class Result:
     differences: Differences | None = None  # to the first model, image by image; None where the depths differ
 
     def scalars(self, quantity: str) -> tuple[list[int], Tensor, Tensor]:
-        """Layers that have the quantity, its mean there, and its std over the images, all averaged over heads."""
+        """The layers that have the quantity, its means and its stds over the images, averaged over heads."""
         found = [(index, layer[quantity]) for index, layer in enumerate(self.layers) if quantity in layer]
         mean = torch.stack([values.mean.mean() for _, values in found]) if found else torch.empty(0)
         std = [torch.zeros(()) if values.std is None else values.std.mean() for _, values in found]
@@ -87,7 +87,7 @@ def _entries(values: Values) -> Iterable[dict[str, Any]]:
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes rows that share their keys, the first one's as the header."""
+    """Writes rows with equal keys; the keys are the header."""
     rows = iter(rows)
     first = next(rows)
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -98,7 +98,7 @@ def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def json_ready(value: Any) -> Any:
-    """Tensors as lists; what JSON has no number for (inf, nan) as null."""
+    """Tensors as lists, and numbers that JSON does not have (inf, nan) as null."""
     if isinstance(value, Tensor):
         value = value.tolist()
     if isinstance(value, dict):

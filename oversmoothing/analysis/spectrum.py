@@ -4,11 +4,12 @@ Conventions. Tokens are (B, N, C), maps (B, num_heads, N, N) with queries in row
 tokens of the sequence and ``HC[x] = x - DC[x]``: class, distillation and register tokens count as tokens, as in the
 paper's code. They are not on the image grid, so "frequency" along the token axis is a property of the sequence, not of
 the picture, and one outlying register can dominate HC. To leave the P prefix tokens out, pass ``tokens[:, P:]``. Every
-function returns one value per image (or map); averaging over images is the caller's business. Half precision is
-computed in float32.
+function returns one value per image (or map); the caller averages over images. Inputs in half precision are converted
+to float32.
 
-Over-smoothing is asymptotic: A^t tends to its DC part as t grows. Residual branches, MLPs and new maps in every layer
-intervene, so nothing here decreases monotonically from layer to layer. ``probe.py`` takes maps and tokens from models.
+Over-smoothing is asymptotic: A^t tends to its DC part as t grows. Residual branches, MLPs and a new map in every layer
+act against it, so these quantities need not change monotonically from layer to layer. ``probe.py`` takes maps and
+tokens from models.
 """
 
 import torch
@@ -51,16 +52,16 @@ def frequencies(num_tokens: int, published: bool = False) -> Tensor:
 def attention_spectrum(attn: Tensor, published: bool = False) -> Tensor:
     """Spectral response of attention maps, ``s_k = ||(F A F^T)_{k,:}||_2`` with the unitary DFT ``F``.
 
-    The row norm says how much of frequency k a map lets through to its output, whatever the frequency it came from. As
-    ``F`` is unitary, the transform along the keys leaves row norms alone and is not computed. A real map has
-    ``s_k = s_{-k}``. ``s_0 >= 1`` for row-stochastic maps; the uniform map has ``s_0 = 1`` and 0 elsewhere, every
-    permutation 1 everywhere, a circulant map the modulus of its transfer function. AttnScale multiplies every ``s_k``
-    but ``s_0`` by exactly ``|1 + lamb|``.
+    The row norm says how strong frequency k is in the map's output, from inputs of all frequencies. As ``F`` is
+    unitary, the transform along the keys does not change row norms and is not computed. A real map has
+    ``s_k = s_{-k}``. ``s_0 >= 1`` for row-stochastic maps. The uniform map has ``s_0 = 1`` and 0 elsewhere, every
+    permutation has 1 everywhere, a circulant map has the modulus of its transfer function. AttnScale multiplies every
+    ``s_k`` except ``s_0`` by exactly ``|1 + lamb|``.
 
     Args:
         attn: Maps of shape (..., N, N), class and register tokens included; signed maps are allowed.
-        published: All N bins by default. The authors' published snippet plots N - 1 of them when N is odd (196 of
-            DeiT's 197); ``True`` gives that many, ``-(N // 2) ... N // 2 - 1``. The bin left out mirrors the first one.
+        published: False gives all N bins. The authors' published snippet plots N - 1 of them if N is odd (196 of DeiT's
+            197); True gives the same bins, ``-(N // 2) ... N // 2 - 1``. The missing bin mirrors the first one.
 
     Returns:
         Shape (..., N) or (..., N - 1), dimensionless gains, zero frequency centred: bin 0 is at index ``N // 2``.
@@ -79,7 +80,7 @@ def attention_spectrum(attn: Tensor, published: bool = False) -> Tensor:
 
 
 def high_frequency_response(attn: Tensor) -> Tensor:
-    """Mean of the spectral response over all frequencies but zero: one number for "how high-pass is this map".
+    """Mean of the spectral response over all frequencies except zero: one number for the high-pass part of a map.
 
     Args:
         attn: Maps of shape (..., N, N), N >= 2.
@@ -101,8 +102,8 @@ def high_frequency_response(attn: Tensor) -> Tensor:
 def dc_gain(attn: Tensor) -> Tensor:
     """The DC to DC entry ``(F A F^T)_{00}``, which is the mean row sum.
 
-    1 for every row-stochastic map, with or without AttnScale. CaiT mixes heads after the softmax, so its rows need not
-    sum to one and neither need this.
+    It is 1 for every row-stochastic map, with or without AttnScale. CaiT mixes heads after the softmax, so neither the
+    row sums nor this gain need be 1.
 
     Args:
         attn: Maps of shape (..., N, N).
@@ -117,7 +118,7 @@ def dc_gain(attn: Tensor) -> Tensor:
 
 
 def attention_entropy(attn: Tensor) -> Tensor:
-    """Mean entropy of the rows of softmax maps: 0 when each query picks one key, ``log N`` when all keys get the same.
+    """Mean entropy of the rows of softmax maps: 0 if each query picks one key, ``log N`` if attention is uniform.
 
     Args:
         attn: Non-negative maps of shape (..., N, N): the softmax itself, before AttnScale or CaiT's second head mixing.
@@ -137,8 +138,8 @@ def attention_entropy(attn: Tensor) -> Tensor:
 def map_similarity(a: Tensor, b: Tensor) -> Tensor:
     """Cosine similarity of two maps, each read as one vector of N x N entries.
 
-    Softmax maps are non-negative and share their DC part, so this is far above 0 for any two of them, and near 1 where
-    both are close to uniform.
+    Softmax maps are non-negative and share their DC part, so the similarity is far above 0 for any two of them, and
+    near 1 if both are close to uniform.
 
     Args:
         a: Maps of shape (..., N, N), for example of one layer.
@@ -150,7 +151,8 @@ def map_similarity(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ValueError: If the maps are not square or differ in N.
 
-    Source: the re-attention study (DeepViT, arXiv 2103.11886) compares maps across layers so, column by column.
+    Source: the re-attention study (DeepViT, arXiv 2103.11886) compares maps of different layers this way, column by
+    column.
     """
     a, b = as_maps(a), as_maps(b)
     if a.shape[-1] != b.shape[-1]:
@@ -165,7 +167,7 @@ def head_similarity(attn: Tensor) -> Tensor:
         attn: Maps of shape (B, num_heads, N, N), num_heads >= 2.
 
     Returns:
-        Shape (B,), dimensionless, in [-1, 1]; see :func:`map_similarity` on its high floor.
+        Shape (B,), dimensionless, in [-1, 1]; :func:`map_similarity` says why it is never near 0.
 
     Raises:
         ValueError: If there is only one head, or the maps are not square.
@@ -240,7 +242,8 @@ def token_similarity_published(tokens: Tensor) -> Tensor:
     """Cosine similarity between tokens in the form of the paper's authors: mean of ``|cos|`` over all N x N pairs.
 
     It includes each token's similarity with itself and drops the sign, so it is never below 1 / N and stays well above
-    0 even for random tokens (about ``sqrt(2 / (pi C))``): compare it with the paper, and read :func:`token_similarity`.
+    0 even for random tokens (about ``sqrt(2 / (pi C))``). Use it for comparison with the paper only, and
+    :func:`token_similarity` for everything else.
 
     Args:
         tokens: Features of shape (B, N, C).
@@ -258,9 +261,9 @@ def token_similarity_published(tokens: Tensor) -> Tensor:
 
 
 def singular_values(tokens: Tensor) -> Tensor:
-    """Singular values of the token matrix, relative to the largest: how fast they fall says how few directions count.
+    """Singular values of the token matrix, relative to the largest: the faster they fall, the fewer directions count.
 
-    The features are not centred: where all tokens are one, only the first value is left.
+    The features are not centred: if all tokens are equal, only the first value is not zero.
 
     Args:
         tokens: Features of shape (B, N, C). Computed in float64 through the smaller Gram matrix, so values below about
@@ -273,22 +276,22 @@ def singular_values(tokens: Tensor) -> Tensor:
     Raises:
         ValueError: If ``tokens`` is not three-dimensional.
 
-    Source: Dong et al., "Attention is not all you need", arXiv 2103.03404, study how a token matrix falls to rank 1.
+    Source: Dong et al., "Attention is not all you need", arXiv 2103.03404, on the collapse of token matrices to rank 1.
     """
     tokens = as_tokens(tokens).double()
     if tokens.shape[2] < tokens.shape[1]:
         tokens = tokens.transpose(1, 2)
     gram = tokens @ tokens.transpose(1, 2)
-    # The decomposition raises on what is not finite, and this may run while a model is trained.
+    # The decomposition raises on non-finite input, which must not stop a training run.
     gram = torch.where(gram.isfinite().all(dim=(1, 2), keepdim=True), gram, 0)
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(-1)
     return singular / singular[:, :1]
 
 
 def effective_rank(tokens: Tensor) -> Tensor:
-    """The exponential of the entropy of the normalised singular values: how many directions the tokens really use.
+    """The exponential of the entropy of the normalised singular values: the number of directions that tokens use.
 
-    The features are not centred, so it tends to 1 as they collapse to one token.
+    The features are not centred, so the rank tends to 1 as all tokens become equal.
 
     Args:
         tokens: Features of shape (B, N, C). Computed in float64, see :func:`singular_values`.
@@ -305,7 +308,7 @@ def effective_rank(tokens: Tensor) -> Tensor:
 
 
 def rank_of_singular_values(singular: Tensor) -> Tensor:
-    """The effective rank from singular values (..., K), whatever they are divided by: shape (...)."""
+    """The effective rank from singular values (..., K) of any scale: shape (...)."""
     share = singular / singular.sum(dim=-1, keepdim=True)
     return torch.special.entr(share).sum(dim=-1).exp()
 
@@ -325,7 +328,7 @@ def patch_frequencies(grid: int) -> Tensor:
 def delta_log_amplitude(patch_tokens: Tensor) -> Tensor:
     """Log amplitude of the 2-D Fourier spectrum of the patch tokens, along the diagonal, relative to zero frequency.
 
-    Unlike everything else here it works on the image grid, so prefix tokens have no place in it.
+    Unlike everything else here it works on the image grid, so prefix tokens must be left out.
 
     Args:
         patch_tokens: Features of shape (B, G * G, C) in row-major order, prefix tokens removed.

@@ -1,4 +1,4 @@
-"""What an analysis works on: a model, where its weights come from, and the layers that are looked into."""
+"""The subject of an analysis: a model, where its weights come from, and the layers to measure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class ModelSpec:
     resume: str | None = None
     pretrained: bool = False
     kwargs: dict[str, Any] = field(default_factory=dict)
-    remedy: list[str] = field(default_factory=list)  # names for add_remedy; none: as the checkpoint says
+    remedy: list[str] = field(default_factory=list)  # names for add_remedy; empty: as the checkpoint says
     remedy_kwargs: dict[str, Any] = field(default_factory=dict)  # see remedy_options
 
 
@@ -42,7 +42,7 @@ class Subject:
     layers: list[AttentionLayer]
 
     def as_picture(self, image: Tensor) -> Tensor:
-        """A transformed image (3, H, W) as it looks, (H, W, 3) in [0, 1], on the CPU."""
+        """A transformed image (3, H, W) as a viewable picture, (H, W, 3) in [0, 1], on the CPU."""
         mean, std = (torch.tensor(self.data_config[name])[:, None, None] for name in ("mean", "std"))
         return (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0)
 
@@ -55,13 +55,13 @@ def build_subject(
     Args:
         spec: The model.
         label: Its name in the figures.
-        device: Where it runs.
+        device: The device to run it on.
         input_size: Side of the images in pixels; None: as the checkpoint says, else the model's own.
-        seed: Of initial weights.
+        seed: Of the initial weights.
 
     Raises:
         UnsupportedModelError: If the model's attention cannot be recomputed.
-        CheckpointError: If the weights are not those of this model.
+        CheckpointError: If the weights do not fit the model.
         ModelError: If there is no such model, or it cannot be built.
     """
     torch.manual_seed(seed)
@@ -83,7 +83,7 @@ def build_subject(
 
 
 def subject_of(model: nn.Module, label: str, input_size: int | None = None) -> Subject:
-    """A model that is at hand, as it is: its mode and device are left alone.
+    """The subject for an existing model; its mode and device are not changed.
 
     Args:
         model: Any model :func:`probe.find_layers` accepts.

@@ -1,4 +1,4 @@
-"""Interventions: a remedy's parameter is set by hand, without training, and the model is measured at every value."""
+"""Interventions: sets a remedy's parameter by hand, without training, and measures the model at every value."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,11 +42,11 @@ class Sweep:
     layers: list[int]  # rows of the numbers: indices of blocks, or ALL
     values: list[float]  # columns of the numbers
     numbers: dict[str, Tensor]  # of QUANTITIES -> (rows, columns), float64: %, nats, cosine
-    unchanged: dict[str, float]  # the same of the model as it is
+    unchanged: dict[str, float]  # the same for the unchanged model
     count: int  # images
 
     def rows(self) -> Iterable[dict[str, Any]]:
-        """Every number as a row of CSV; the model as it is has no layer and no value."""
+        """Every number as a row of CSV; layer and value are empty for the unchanged model."""
         head = {"model": self.label, "remedy": self.remedy, "parameter": self.parameter}
         yield head | {"layer": "", "block": "", "value": ""} | _written(self.unchanged) | {"count": self.count}
         for row, layer in enumerate(self.layers):
@@ -72,26 +72,26 @@ def sweep_parameter(
 ) -> list[Sweep]:
     """Accuracy, loss and token similarity as functions of a remedy's parameter, which is set by hand.
 
-    A model that has the remedy is swept as it is: the chosen layer gets the value in place of what it learnt, the
-    others keep theirs. A plain model gets the remedy at its start values, where it is the identity, by ``add_remedy``.
-    Every model is put back exactly. One pass over the images, with ``rows * values + 1`` forward passes a model and
-    parameter, where ``all`` makes one row and ``each`` one a layer.
+    In a model that has the remedy, the value replaces the learnt parameter in the chosen layers; the other layers keep
+    theirs. A plain model first gets the remedy by ``add_remedy``, at its start values, where it is the identity. Every
+    model is restored exactly. One pass over the images, with ``rows * values + 1`` forward passes per batch, model and
+    parameter; ``all`` makes one row, ``each`` one row per layer.
 
     Args:
         models: A model with a head, or several by their labels; each of a kind that ``add_remedy`` accepts.
         batches: Of (images, labels), see :func:`inputs.inputs_and_labels`; labels are indices of the head's outputs.
         remedy: A name of ``list_remedies()``.
-        parameter: One of those parameters that hold a number a head or channel, such as ``lamb2``. None: each of them,
-            one after the other.
-        values: To each of which all entries of the parameter are set.
+        parameter: A parameter with one number per head or channel, such as ``lamb2``. None: each such parameter, one
+            after the other.
+        values: All entries of the parameter are set to each of these in turn.
         layers: ``all`` sets it in all layers at once, ``each`` in one layer after the other; or some layers by their
             indices, one after the other.
 
     Returns:
-        One sweep a model and parameter.
+        One sweep per model and parameter.
 
     Raises:
-        RemedyError: If the remedy or parameter is unknown, does not fit a model, or a model has other remedies.
+        RemedyError: If the remedy or parameter is unknown or does not fit a model, or a model has other remedies.
         ValueError: If there are no labels or logits, a label has no output, or a layer lacks the parameter.
     """
     models = by_label(models)
@@ -117,7 +117,7 @@ def sweep_parameter(
 
 
 def parameters_of(remedy: str) -> list[str]:
-    """Names of a remedy's parameters that hold a number a head or channel.
+    """Names of a remedy's parameters with one number per head or channel.
 
     Raises:
         RemedyError: If there is no such remedy, or it has none.
@@ -132,7 +132,7 @@ def parameters_of(remedy: str) -> list[str]:
 
 @contextmanager
 def _with_remedy(model: nn.Module, remedy: str, label: str) -> Iterator[None]:
-    """The model with the remedy; one that was added is removed again."""
+    """The model with the remedy; if it was added here, it is removed again."""
     names = parameters_of(remedy)
     if any(name.rpartition(".")[2] in names for name, _ in model.named_parameters()):
         yield
@@ -173,7 +173,7 @@ class _Running:
         self.sums: list[list[Tensor | float]] = []
 
     def update(self, images: Tensor, labels: Tensor) -> None:
-        """The model as it is, then at every value in every row."""
+        """Measures the unchanged model, then every value in every row."""
         sums = [self._measure(images, labels)]
         for parameters in self.rows.values():
             for value in self.values:
@@ -219,7 +219,7 @@ class _Running:
 
 
 def _rows(label: str, model: nn.Module, blocks: list[nn.Module], name: str, layers: Layers) -> dict[int, list[Tensor]]:
-    """Layer, or ``ALL`` -> the tensors that are set together there (ContraNorm has two a block)."""
+    """Layer index, or ``ALL`` -> the tensors that are set together there (ContraNorm has two per block)."""
 
     def named(module: nn.Module) -> list[Tensor]:
         return [p.detach() for full, p in module.named_parameters() if full.rpartition(".")[2] == name]
@@ -263,7 +263,7 @@ def _sentence(sweep: Sweep) -> str:
 
 
 def draw_sweeps(sweeps: Sequence[Sweep]) -> Any:
-    """A column a quantity. All layers at once: a row a parameter, a line a model. Else a row a sweep."""
+    """One column per quantity. All layers at once: one row per parameter, a line per model. Else one row per sweep."""
     together = all(sweep.layers == [ALL] for sweep in sweeps)
     names = list(dict.fromkeys(sweep.parameter for sweep in sweeps))
     groups = [[s for s in sweeps if s.parameter == name] for name in names] if together else [[s] for s in sweeps]

@@ -1,4 +1,4 @@
-"""One image: the attention of a layer over it, its high-pass part, and the change that AttnScale makes."""
+"""One image: a layer's attention over it, the high-pass part, and the change by AttnScale."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,19 +16,19 @@ from .subject import Subject
 
 @dataclass(frozen=True)
 class TokenMap:
-    """One layer's attention over one picture, averaged over heads, times N: 1 is what uniform attention gives."""
+    """One layer's attention over one image, averaged over heads, times N: uniform attention is 1."""
 
     label: str
     block: str
     picture: Tensor  # (H, W, 3) in [0, 1], as the model sees it
-    query: str  # whose attention it is
+    query: str  # the token whose attention it is
     attention: Tensor  # (rows, columns) of patches; before AttnScale
     high_pass: Tensor  # attention minus its DC part
     change: Tensor | None  # what AttnScale adds; None without it
 
 
 def token_map(subject: Subject, image: Tensor, layer: int) -> TokenMap:
-    """The attention of one layer over one image: of the class token, or of the mean patch where blocks have none.
+    """The attention of one layer over one image: of the class token, or the mean of the patches without a class token.
 
     Args:
         subject: The model.
@@ -77,7 +77,7 @@ def token_map(subject: Subject, image: Tensor, layer: int) -> TokenMap:
 
 
 def draw_token_maps(maps: Sequence[TokenMap]) -> Figure:
-    """One row a model: the picture, its attention, the high-pass part of it, and the change that AttnScale makes."""
+    """One row per model: the picture, the attention, its high-pass part, and the change by AttnScale."""
     figure, axes = panels(len(maps), 4, width=3.1, height=2.9)
     for row, item in zip(axes, maps, strict=True):
         height, width = item.picture.shape[:2]

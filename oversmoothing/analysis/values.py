@@ -1,4 +1,4 @@
-"""Statistics of one quantity in one layer, whose size does not grow with the number of images."""
+"""Statistics of one quantity in one layer; their size does not grow with the number of images."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class RunningMean:
         self._sum_of_squares: Tensor | float = 0.0
 
     def update(self, values: Tensor) -> None:
-        """Adds values of shape (B, ...), one per image. They stay on their device: no synchronisation."""
+        """Adds values of shape (B, ...), one per image. They stay on their device, without synchronisation."""
         values = values.detach().double()
         self.count += len(values)
         self._sum = self._sum + values.sum(dim=0)
@@ -27,7 +27,7 @@ class RunningMean:
 
     @property
     def std(self) -> Tensor:
-        """Shape (...), float64, of the population: over the images, not an error of the mean."""
+        """Shape (...), float64: population standard deviation over the images, not the error of the mean."""
         return (self._sum_of_squares / self.count - self.mean.square()).clamp_min(0).sqrt()
 
 
@@ -35,13 +35,13 @@ class RunningMean:
 class Values:
     """A quantity in one layer: mean and standard deviation over ``count`` images (Swin's maps: windows)."""
 
-    mean: Tensor  # (), (num_heads,), (bins,), (channels,) or (num_heads, bins); of profiles also (rows, columns)
+    mean: Tensor  # (), (num_heads,), (bins,), (channels,) or (num_heads, bins); for profiles also (rows, columns)
     std: Tensor | None = None  # parameters have none
     count: int | None = None
     frequencies: list[float] | None = None  # of the bins, in units of pi rad per token or patch
-    is_profile: bool = False  # the last axis is neither heads, channels nor frequencies: token positions, say
+    is_profile: bool = False  # the last axis is neither heads, channels nor frequencies, for example token positions
 
     @property
     def is_table_entry(self) -> bool:
-        """Whether an average over its axes says something."""
+        """Whether an average over its axes is meaningful."""
         return self.frequencies is None and not self.is_profile

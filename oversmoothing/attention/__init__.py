@@ -1,4 +1,4 @@
-"""What one attention layer computes, for every attention class at hand: its heads, its maps, what follows them."""
+"""What one attention layer computes, for every supported attention class: heads, maps and output."""
 
 from . import cait, refusals, vit, windows
 from .heads import Heads, counted_tokens

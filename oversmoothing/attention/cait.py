@@ -12,7 +12,7 @@ from .kinds import Kind, dropout_of, register_kind
 
 
 class TalkingHeadsHeads(Heads):
-    """``A = W_w softmax(W_l S) + b_w``; ``fused`` is by ``talking_heads``, which makes no map but on scratch memory."""
+    """``A = W_w softmax(W_l S) + b_w``; if ``fused``, ``talking_heads`` computes it and keeps no map."""
 
     def apply(self, values: Tensor) -> Tensor:
         """(B, H, N, D) -> (B, H, N, D)."""
@@ -39,7 +39,7 @@ class TalkingHeadsHeads(Heads):
 
 @register_kind(TalkingHeadAttn, FusedTalkingHeadAttn)
 class TalkingHeadsKind(Kind):
-    """CaiT's patch self-attention; timm's own class makes its maps, here it is fused like ours."""
+    """CaiT's patch self-attention; timm's own class makes the maps as tensors, here it is fused like ours."""
 
     packed = True
 

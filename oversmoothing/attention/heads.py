@@ -1,8 +1,8 @@
 """``Heads``: one attention layer between its projections, the common ground of every family.
 
-Whatever a layer does before the softmax (joint or separate projections, q/k norms, rotary embeddings, position biases,
-windows) ends in queries, keys, values and a bias; whatever it does after the heads (inner norm, gate, projection)
-begins at ``A @ values``. ``Heads`` is this middle, on any values: remedies act on it and the analysis reads it.
+Everything before the softmax (joint or separate projections, q/k norms, rotary embeddings, position biases, windows)
+ends in queries, keys, values and a bias. Everything after the heads (inner norm, gate, projection) starts from
+``A @ values``. ``Heads`` is the part between, for any values: remedies act on it and the analysis reads it.
 """
 
 from dataclasses import dataclass, field
@@ -17,23 +17,23 @@ from torch import Tensor
 class Heads:
     """Queries, keys and values of one forward pass of one layer, and its attention as an operator on values.
 
-    B counts images, or windows where attention is windowed; H heads, N key tokens, Q query tokens (N but where queries
-    are pooled), D channels of a head. Norms and rotary embeddings are in ``q`` and ``k``; grouped keys and values are
-    expanded to H heads.
+    B counts images, or windows where attention is windowed; H heads, N key tokens, Q query tokens (Q = N unless queries
+    are pooled), D channels of a head. ``q`` and ``k`` are taken after norms and rotary embeddings; grouped keys and
+    values are expanded to H heads.
 
     Attributes:
-        x: The layer's input, as its forward got it.
+        x: The input of the layer's forward.
         q: (B, H, Q, D).
         k: (B, H, N, D).
         v: (B, H, N, D).
         scale: Factor of the scores ``q k^T``.
-        bias: Added to the scores, broadcastable to (B, H, Q, N), or boolean, False where attention is forbidden.
+        bias: Added to the scores, or boolean with False where attention is forbidden; broadcastable to (B, H, Q, N).
         is_causal: Query i sees keys 0 to i only; then there is no bias.
         dropout: Probability of dropout on the maps in this pass: 0 outside training.
         fused: Whether the layer calls ``scaled_dot_product_attention``; otherwise it makes the maps as tensors.
-        attn_mask: The mask the layer was called with, None without; what tells padded tokens.
+        attn_mask: The mask that the layer was called with, or None; it tells padded tokens.
         context: Whatever else the kind needs after ``split``.
-        first_v: Values of the model's first layer in this pass, for remedies that take them up.
+        first_v: Values of the model's first layer in this pass, for remedies that use them.
     """
 
     x: Tensor
@@ -54,8 +54,8 @@ class Heads:
     def apply(self, values: Tensor) -> Tensor:
         """``A @ values`` as the layer computes it, with its dropout on A while training.
 
-        Without fused attention the maps, and what dropout leaves of them, are made once and shared by every call; with
-        fused attention each call draws its own dropout.
+        Without fused attention, the maps and their dropout mask are made once and shared by all calls; with fused
+        attention each call draws its own dropout.
 
         Args:
             values: (B, H, N, any), usually ``v``.
@@ -73,13 +73,13 @@ class Heads:
         return self._dropped @ values
 
     def maps(self) -> Tensor:
-        """``A`` (B, H, Q, N), without dropout: what multiplies the values. On CaiT the mixed softmax maps."""
+        """``A`` (B, H, Q, N), the maps that multiply the values, without dropout. On CaiT the mixed softmax maps."""
         if self._maps is None:
             self._maps = self.softmax_maps()
         return self._maps
 
     def softmax_maps(self) -> Tensor:
-        """(B, H, Q, N), rows that sum to one; a row that sees no key is NaN with a boolean mask."""
+        """(B, H, Q, N), rows sum to one; with a boolean mask, a row that sees no key is NaN."""
         scores = self.q * self.scale @ self.k.transpose(-2, -1)
         return (scores if (bias := self._additive_bias(scores)) is None else scores + bias).softmax(dim=-1)
 
@@ -88,7 +88,7 @@ class Heads:
         return F.dropout(maps, self.dropout) if self.dropout > 0 else maps
 
     def token_mean(self, values: Tensor) -> Tensor:
-        """Mean over the key tokens that count: all but those that no query may see, which are padding.
+        """Mean over the key tokens that are not padding: tokens that no query may attend to are left out.
 
         Args:
             values: (B, H, N, D), or (B, 1, N, C) for features without heads.
@@ -110,7 +110,7 @@ class Heads:
 
 
 def counted_tokens(attn_mask: Tensor) -> Tensor:
-    """The key tokens that some query may attend to in some head; the others are padding.
+    """The key tokens that any query may attend to in any head; the others are padding.
 
     Args:
         attn_mask: (..., H or 1, Q or 1, N) or (Q, N), boolean with False where attention is forbidden, or added to the

@@ -1,7 +1,7 @@
-"""Vision transformers of Hugging Face transformers, an optional dependency: imported when a model of it is at hand.
+"""Vision transformers of Hugging Face transformers, an optional dependency: imported only for a model of that library.
 
-Since version 5 their attention classes share one form: separate projections, then a function that the configuration
-names ("sdpa", "eager", ...), then the output projection; forward returns the output and the maps or None.
+Since version 5 its attention classes share one form: separate projections, then a function that the configuration
+names ("sdpa", "eager", ...), then the output projection. Forward returns the output, and the maps or None.
 """
 
 import sys
@@ -40,7 +40,7 @@ def makes_maps(attn: nn.Module) -> bool:
 
 
 class HuggingFaceHeads(Heads):
-    """Attention by the function that the configuration names; ``context`` is the module and further arguments."""
+    """Attention by the function that the configuration names; ``context`` holds the module and further arguments."""
 
     def apply(self, values: Tensor) -> Tensor:
         """(B, H, N, D) -> (B, H, N, D)."""
@@ -53,7 +53,7 @@ class HuggingFaceHeads(Heads):
         return y.transpose(1, 2)
 
     def softmax_maps(self) -> Tensor:
-        """(B, H, N, N); where the configuration has the maps made, by the family's own function, softmax in float32."""
+        """(B, H, N, N); with "eager" in the configuration, by the family's own function, softmax in float32."""
         attn, _ = self.context
         if not makes_maps(attn):
             return super().softmax_maps()
@@ -98,7 +98,7 @@ class HuggingFaceKind(Kind):
         )
 
     def merge(self, attn: nn.Module, y: Tensor, heads: Heads) -> tuple[Tensor, Tensor | None]:
-        """(B, H, N, D) -> (B, N, C), and the softmax maps where the configuration has them made."""
+        """(B, H, N, D) -> (B, N, C), and the softmax maps where the configuration asks for them ("eager")."""
         maps = heads.maps() if makes_maps(attn) else None
         return self.projection(attn)(self.unprojected(attn, y, heads)), maps
 
@@ -116,5 +116,5 @@ class HuggingFaceKind(Kind):
 
 
 def _first(module: nn.Module, *names: str) -> Any:
-    """The attribute that goes by one of these names, which differ between the families."""
+    """The attribute with one of these names, which differ between the families."""
     return next(getattr(module, name) for name in names if hasattr(module, name))

@@ -7,7 +7,7 @@ A *kind* knows one class, or several that compute the same. For an attention mod
     kind.merge(attn, heads.apply(heads.v), heads) == attn(x, ...)
 
 Kinds hold no state: everything is read from the module's attributes at each call, so wrapped projections (LoRA),
-resized windows and moved parameters are followed. For a class of your own::
+resized windows and moved parameters work. For a class of your own::
 
     @register_kind(MyAttention)
     class MyKind(Kind):
@@ -33,25 +33,25 @@ class UnsupportedAttentionError(UnsupportedModelError):
 
 
 class Kind:
-    """Base of all kinds; what it does itself is right for layers with channels last, ``proj`` and ``proj_drop``."""
+    """Base of all kinds; its own methods fit layers with channels last, ``proj`` and ``proj_drop``."""
 
     windowed = False  # B counts windows, which the layers of one model may cut differently
-    channels_last = True  # input and output are (B, ..., C), all axes between being tokens; otherwise (B, C, H, W)
-    block_channels_last = True  # the same of the block
+    channels_last = True  # input and output are (B, ..., C), tokens in the axes between; otherwise (B, C, H, W)
+    block_channels_last = True  # the same for the block
     raster = True  # the block's tokens are in the order of the image's rows
     packed = False  # ``qkv`` makes all queries, then all keys, then all values, each head by head; ``proj`` takes heads
-    stream: str | None = None  # the block's module that reads input + branch, where the sum is of other tensors
+    stream: str | None = None  # the block's module that reads the residual sum, where that is not input + branch
 
     def objection(self, attn: nn.Module) -> str | None:
-        """Why this module has no place here although its class has a kind; None where there is nothing to say."""
+        """Why this module is not supported although its class has a kind; None where it is."""
         return None
 
     def split(self, attn: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Heads:
-        """The layer up to its heads; arguments as those of its forward."""
+        """The layer up to its heads; takes the arguments of its forward."""
         raise NotImplementedError
 
     def merge(self, attn: nn.Module, y: Tensor, heads: Heads) -> Any:
-        """The layer from its heads on: (B, H, Q, D) -> what its forward returns."""
+        """The layer from its heads on: (B, H, Q, D) -> the output of its forward."""
         y = attn.proj(self.unprojected(attn, y, heads))
         return attn.proj_drop(y) if hasattr(attn, "proj_drop") else y
 
@@ -60,7 +60,7 @@ class Kind:
         return merge_heads(y).reshape(*heads.x.shape[:-1], -1)
 
     def applied_maps(self, attn: nn.Module, heads: Heads) -> Tensor:
-        """What multiplies the values in the layer's forward, (B, H, Q, N): with the remedy, where one is built in."""
+        """The maps that multiply the values in the layer's forward, (B, H, Q, N), with any built-in remedy."""
         return heads.maps()
 
     def num_heads(self, attn: nn.Module) -> int:
@@ -72,27 +72,27 @@ class Kind:
         return attn.proj
 
     def value_weights(self, attn: nn.Module) -> tuple[Tensor, Tensor] | None:
-        """What makes the values and what takes the heads, where both are linear and nothing stands between them.
+        """Weights of the value and the output projection, where both are linear and nothing stands between them.
 
         Returns:
-            ``W_V`` (H * D, C) and ``W_O`` (C, H * D), as ``nn.Linear`` holds them, head by head; None where this kind
-            cannot say.
+            ``W_V`` (H * D, C) and ``W_O`` (C, H * D), as ``nn.Linear`` holds them, head by head; None where the kind
+            does not know them.
         """
         return linear_weights(attn.qkv, self.projection(attn), parts=3) if self.packed else None
 
     def window_grid(self, attn: nn.Module) -> tuple[int, int] | None:
-        """Rows and columns of a window of neighbours, its tokens row by row; None where a window is something else."""
+        """Rows and columns of a window of neighbouring tokens, listed row by row; None for other kinds of windows."""
         return None
 
     def is_square(self, attn: nn.Module) -> bool:
-        """Whether queries and keys are the same tokens, so that maps and values can be combined at will."""
+        """Whether queries and keys are the same tokens, so that maps are square."""
         return True
 
     def branch(self, attn: nn.Module, block: nn.Module) -> tuple[nn.Module, str] | None:
         """The method that returns the attention branch's output for all tokens of an image, before LayerScale.
 
         Returns:
-            A module and the name of its method; None where no method has it.
+            A module and the name of its method; None where no method returns it.
         """
         return attn, "forward"
 
@@ -102,7 +102,7 @@ REFUSALS: dict[type[nn.Module], str] = {}
 
 
 def register_kind(*types: type[nn.Module]) -> Callable[[type[Kind]], type[Kind]]:
-    """Class decorator: the kind of modules of exactly these types (a subclass may compute something else)."""
+    """Class decorator: registers the kind for exactly these types (a subclass may compute something else)."""
 
     def register(kind: type[Kind]) -> type[Kind]:
         KINDS.update(dict.fromkeys(types, kind()))
@@ -112,12 +112,12 @@ def register_kind(*types: type[nn.Module]) -> Callable[[type[Kind]], type[Kind]]
 
 
 def refuse(reason: str, *types: type[nn.Module]) -> None:
-    """Says why attention of these types has no kind; ``reason`` completes "it is not supported: ..."."""
+    """Registers why attention of these types has no kind; ``reason`` completes "is not supported: ..."."""
     REFUSALS.update(dict.fromkeys(types, reason))
 
 
 def find_kind(module: nn.Module) -> Kind | None:
-    """The kind of a module, None where it has none; knows transformers' classes without importing them first."""
+    """The kind of a module, None where it has none; registers classes of transformers when it meets them."""
     if type(module) not in KINDS and type(module).__module__.startswith("transformers."):
         from . import hugging_face
 
@@ -157,7 +157,7 @@ def merge_heads(y: Tensor) -> Tensor:
 
 
 def packed_projection(attn: nn.Module, x: Tensor) -> Tensor:
-    """``attn.qkv(x)`` with the biases that BEiT's heirs keep apart from it: (..., C) -> (..., 3 * H * D)."""
+    """``attn.qkv(x)``, with the biases that BEiT and its descendants keep apart: (..., C) -> (..., 3 * H * D)."""
     if getattr(attn, "q_bias", None) is None:
         return attn.qkv(x)
     bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
@@ -171,9 +171,9 @@ def packed_heads(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def linear_weights(values: nn.Module, projection: nn.Module, parts: int = 1) -> tuple[Tensor, Tensor] | None:
-    """The weights of two linear layers, of the first only the last of ``parts``; None where either is another module.
+    """The weights of two linear layers, of the first only the last of ``parts`` equal chunks of rows.
 
-    Also None where the shapes do not lead from C channels over the heads back to C.
+    None where either is another module, or where the shapes are not (H * D, C) and (C, H * D).
     """
     if not isinstance(values, nn.Linear) or not isinstance(projection, nn.Linear):
         return None
@@ -182,5 +182,5 @@ def linear_weights(values: nn.Module, projection: nn.Module, parts: int = 1) -> 
 
 
 def dropout_of(attn: nn.Module) -> float:
-    """Probability of dropout on the maps in a forward pass now."""
+    """Probability of dropout on the maps, in the module's present mode."""
     return attn.attn_drop.p if attn.training and hasattr(attn, "attn_drop") else 0.0

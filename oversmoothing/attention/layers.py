@@ -6,7 +6,7 @@ from torch import nn
 
 from .kinds import KINDS, REFUSALS, Kind, UnsupportedAttentionError, find_kind, kind_of, refusal
 
-ATTENTION_NAMES = ("attn", "attention", "self_attn")  # what unknown attention is recognised by
+ATTENTION_NAMES = ("attn", "attention", "self_attn")  # attributes by which attention of an unknown class is recognised
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class AttentionLayer:
 
 
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
-    """The self-attention layers of a model, in the order of registration, which is that of execution.
+    """The self-attention layers of a model, in the order of registration, which is the order of execution.
 
-    Attention that is refused by name (class attention, outlook attention) is left out where there is other attention.
+    Attention of a refused class (class attention, outlook attention) is left out if the model has other attention.
 
     Args:
         model: A model without compile or data-parallel wrappers.
@@ -56,5 +56,5 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
 
 
 def _is_unknown_attention(module: nn.Module, parent: nn.Module) -> bool:
-    is_layer = type(module).__module__.startswith("torch.nn.")  # for example a projection that is named attn
+    is_layer = type(module).__module__.startswith("torch.nn.")  # for example a projection named attn
     return not is_layer and type(parent) not in REFUSALS and not any(find_kind(part) for part in module.modules())

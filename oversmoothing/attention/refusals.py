@@ -1,4 +1,4 @@
-"""Attention that has no N x N map over tokens, or none that remedies and analysis could act on: the reasons."""
+"""Attention classes without an N x N map over tokens that remedies and analysis could use, with the reasons."""
 
 from timm.layers import AttentionPoolLatent, DiffAttention
 from timm.models import (

@@ -1,4 +1,4 @@
-"""Attention over one sequence or one map of tokens: the vision transformers and what is built like them."""
+"""Attention over one sequence or one feature map: vision transformers and models built like them."""
 
 import torch
 from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
@@ -37,7 +37,7 @@ class DavitWindowKind(PackedKind):
 
 
 class GatedKind(Kind):
-    """What follows the heads in timm's own layers: an inner norm, a gate made from the input, both optional."""
+    """The part behind the heads in timm's own layers: an optional inner norm and an optional gate from the input."""
 
     def unprojected(self, attn: nn.Module, y: Tensor, heads: Heads) -> Tensor:
         """(B, H, N, D) -> (B, N, H * D)."""
@@ -90,7 +90,7 @@ class RotaryKind(GatedKind):
         return Heads(x, q, k, v, attn.scale, attn_mask, is_causal, dropout_of(attn), attn.fused_attn, attn_mask)
 
     def value_weights(self, attn: nn.Module) -> tuple[Tensor, Tensor] | None:
-        """None also with grouped values, whose heads share weights."""
+        """None also with grouped values, where several heads share weights."""
         if not isinstance(attn.norm, nn.Identity) or attn.gate is not None:
             return None
         separate = attn.qkv is None
@@ -104,7 +104,7 @@ def _rotate(attn: nn.Module, x: Tensor, rope: Tensor) -> Tensor:
 
 @register_kind(beit.Attention)
 class BeitKind(Kind):
-    """BEiT: a position bias of the layer's own, one shared by all layers, or both."""
+    """BEiT: a position bias per layer, one shared by all layers, or both."""
 
     packed = True
 
@@ -118,13 +118,13 @@ class BeitKind(Kind):
 
 
 def table_bias(attn: nn.Module) -> Tensor:
-    """The position bias (1, H, N, N) of a layer with a table of it and an index (N, N) into the table."""
+    """The position bias (1, H, N, N) of a layer that holds it as a table, with an index (N, N) into the table."""
     return attn.relative_position_bias_table[attn.relative_position_index].permute(2, 0, 1).contiguous().unsqueeze(0)
 
 
 @register_kind(RelPosAttention)
 class RelPosKind(Kind):
-    """timm's ViT with relative positions: a bias module of the layer's own, or one bias for all layers."""
+    """timm's ViT with relative positions: a bias module per layer, or one bias for all layers."""
 
     packed = True
 
@@ -138,7 +138,7 @@ class RelPosKind(Kind):
 
 @register_kind(tiny_vit.Attention)
 class TinyVitKind(Kind):
-    """TinyViT's windows: a norm in front, heads of their own width for the values, a bias for each distance."""
+    """TinyViT's windows: a norm in front, value heads with a width of their own, a bias for each distance."""
 
     windowed = True
 
@@ -155,7 +155,7 @@ class TinyVitKind(Kind):
 
 @register_kind(tnt.Attention)
 class TntKind(Kind):
-    """TNT: one projection for queries and keys, one for values; of the inner sequences and of the outer one."""
+    """TNT, inner and outer sequences: one projection for queries and keys, one for values."""
 
     def split(self, attn: nn.Module, x: Tensor) -> Heads:
         """x: (B, N, C)."""
@@ -165,7 +165,7 @@ class TntKind(Kind):
 
 @register_kind(convit.MHSA)
 class ConvitKind(Kind):
-    """ConViT's last layers: plain attention that makes its maps."""
+    """ConViT's last layers: plain attention that makes its maps as tensors."""
 
     packed = True
 
@@ -175,7 +175,7 @@ class ConvitKind(Kind):
 
 
 class GatedPositionalHeads(Heads):
-    """ConViT's gate between attention to content and attention to positions."""
+    """ConViT's gate between content attention and position attention."""
 
     def softmax_maps(self) -> Tensor:
         """(B, H, N, N), a mean of two softmax maps."""

@@ -26,7 +26,7 @@ from .vit import MapKind, table_bias
 
 
 class WindowKind(Kind):
-    """Base for layers that see windows."""
+    """Base for layers whose inputs are windows."""
 
     windowed = True
 
@@ -62,7 +62,7 @@ class SwinKind(WindowKind):
 
 
 class CosineKind(WindowKind):
-    """Cosine attention with a learned temperature for each head, at most 100; the maps are made."""
+    """Cosine attention with a learned scale per head, at most 100; the maps are made as tensors."""
 
     packed = True
 
@@ -117,7 +117,7 @@ class GlobalContextKind(WindowKind):
         return Heads(x, q, k, v, attn.scale, attn.rel_pos.get_bias(), dropout=dropout_of(attn))
 
     def is_square(self, attn: nn.Module) -> bool:
-        """Global queries are no tokens of the window."""
+        """Global queries are not tokens of the window."""
         return not attn.use_global
 
 
@@ -137,7 +137,7 @@ class MaxVitKind(WindowKind):
 
 @register_kind(maxxvit.Attention2d)
 class MaxVitMapKind(MapKind, WindowKind):
-    """MaxViT's windows and grids on feature maps; in CoAtNet, all of the map."""
+    """MaxViT's windows and grids on feature maps; in CoAtNet, the whole map."""
 
     stream = "norm2"
 
@@ -196,7 +196,7 @@ class NestKind(WindowKind):
         return Heads(x, q, k, v, attn.scale, dropout=dropout_of(attn), fused=attn.fused_attn)
 
     def unprojected(self, attn: nn.Module, y: Tensor, heads: Heads) -> Tensor:
-        """(B * windows, H, N, D) -> (B, windows, N, D * H): the heads are the faster axis, unlike elsewhere."""
+        """(B * windows, H, N, D) -> (B, windows, N, D * H): the heads are the last axis, unlike elsewhere."""
         return y.permute(0, 2, 3, 1).reshape(heads.x.shape)
 
     def branch(self, attn: nn.Module, block: nn.Module) -> tuple[nn.Module, str]:
@@ -206,7 +206,7 @@ class NestKind(WindowKind):
 
 @register_kind(hiera.MaskUnitAttention)
 class HieraKind(Kind):
-    """Hiera: mask units or the whole sequence; at the head of a stage each query is the largest of ``q_stride``.
+    """Hiera: mask units or the whole sequence; at the head of a stage queries are max-pooled by ``q_stride``.
 
     The tokens of a unit are not neighbours in the sequence: token ``n`` belongs to unit ``n % units``.
     """
@@ -269,7 +269,7 @@ class HieraDetKind(Kind):
 
 @register_kind(pvt_v2.Attention, twins.GlobalSubSampleAttn)
 class ReducedKeysKind(Kind):
-    """PVT v2 and Twins: keys and values of a map made smaller."""
+    """PVT v2 and Twins: keys and values from a downsampled feature map."""
 
     def split(self, attn: nn.Module, x: Tensor, size: tuple[int, int]) -> Heads:
         """x: (B, height * width, C); size: height and width."""

@@ -1,8 +1,8 @@
-"""ContraNorm's mixing without a kept map and with one matrix product less than attention needs.
+"""ContraNorm's mixing, without keeping a map and with one matrix product less than attention needs.
 
-Queries and keys are the same unit vectors ``n``, so ``E = exp(n n^T / tau)`` is symmetric and bounded: no maximum has
-to be taken out of the exponential, and the gradient of ``n`` is one product, ``(G + G^T) n``. ``E`` lives in a scratch
-buffer, one image at a time; forward keeps tokens, backward makes ``E`` again.
+Queries and keys are the same unit vectors ``n``, so ``E = exp(n n^T / tau)`` is symmetric and bounded: the exponential
+needs no maximum subtracted, and the gradient of ``n`` is one product, ``(G + G^T) n``. ``E`` lives in a scratch
+buffer, one image at a time; forward keeps only tensors over the tokens, backward recomputes ``E``.
 """
 
 from collections.abc import Iterator
@@ -15,18 +15,18 @@ from .folding import recorded
 
 
 def can_mix(x: Tensor, tau: float) -> bool:
-    """Whether :class:`ContraMixing` computes tokens (B, N, C).
+    """Whether :class:`ContraMixing` can compute tokens (B, N, C).
 
-    It does eagerly, without autocast, on maps no larger than the tokens, where ``exp(1 / tau)`` is far from overflow.
+    It can in eager mode, in float32 or float64 without autocast, if N <= C and ``exp(1 / tau)`` is far from overflow.
     """
-    device = x.device.type  # meta knows no autocast: asking it whether it is enabled is an error
+    device = x.device.type  # the meta device has no autocast: asking whether it is enabled raises
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     full = x.dtype in (torch.float32, torch.float64) and not autocast
     return full and x.shape[1] <= x.shape[2] and tau >= 0.02 and not (recorded(x) or torch.compiler.is_compiling())
 
 
 class ContraMixing(torch.autograd.Function):
-    """``x - s softmax(n n^T / tau) x`` with ``n = x / |x|``; its arguments are x (B, N, C), s (C,) and tau."""
+    """``x - s softmax(n n^T / tau) x`` with ``n = x / |x|``; arguments: x (B, N, C), s (C,) and tau."""
 
     @staticmethod
     def forward(ctx, x: Tensor, s: Tensor, tau: float) -> Tensor:
@@ -47,7 +47,7 @@ class ContraMixing(torch.autograd.Function):
         """Gradients of x and s."""
         x, s, n, z, sums, inverse = ctx.saved_tensors
         ds = -(grad * z).sum(dim=(0, 1)) if ctx.needs_input_grad[1] else None
-        w = (grad * s).div_(sums).neg_()  # of E x
+        w = (grad * s).div_(sums).neg_()  # gradient of E x
         shift = (w * z).sum(dim=-1, keepdim=True)
         dx, dn, G = torch.empty_like(x), torch.empty_like(x), x.new_empty(x.shape[1], x.shape[1])
         for similarity, (n_b, x_b, w_b, shift_b, grad_b, dx_b, dn_b) in _images(n, x, w, shift, grad, dx, dn):
@@ -62,7 +62,7 @@ class ContraMixing(torch.autograd.Function):
 
 
 def _images(*tensors: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-    """A scratch map (N, N), and what of (B, N, any) tensors belongs to one image, image after image."""
+    """For each image, a scratch map (N, N) and the image's slices of the (B, N, any) tensors."""
     scratch = tensors[0].new_empty(tensors[0].shape[1], tensors[0].shape[1])
     for image in zip(*tensors, strict=True):
         yield scratch, image

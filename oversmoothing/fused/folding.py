@@ -1,12 +1,12 @@
-"""Folding: what is affine in an attention layer's output costs nothing if its projection does it.
+"""Folding: an affine remedy costs nothing if the attention layer's output projection computes it.
 
-Both remedies scale the attention branch and add one vector an image. ``proj`` is affine too, so the two compose into
-one projection with another weight (made anew in every step: parameters are never rewritten) and, in place of the bias,
-one vector an image. Backward keeps no further tensor over the tokens.
+AttnScale scales the heads, FeatScale the output of the attention branch, and each adds one vector per image. ``proj``
+is affine too, so it composes with them into one projection, with another weight (recomputed in every step: parameters
+are never rewritten) and one vector per image in place of the bias. Backward keeps no further tensor over the tokens.
 
-A layer that can be folded into has ``unprojected(x, ...) -> (heads, means)``, what ``Fold.project`` takes, and
-``foldable()``, what its ``Fold`` is made of. ``set_fused`` turns this and every other fast path of this package off and
-on.
+A layer that supports folding has two methods: ``unprojected(x, ...) -> (heads, means)``, the arguments of
+``Fold.project``, and ``foldable()``, from which its ``Fold`` is made. ``set_fused`` turns this and every other fast
+path of this package off and on.
 """
 
 from collections import defaultdict
@@ -28,10 +28,10 @@ def set_fused(model: nn.Module, enabled: bool) -> nn.Module:
     """Switches every fast path of ``model`` off, or on again; the same as building it with ``fused=enabled``.
 
     Off means the definitions: attention maps as tensors, the remedies as written in the paper, every token through the
-    last block. Second derivatives and timm's ``AttentionExtract`` need that. It sets the attribute ``fused_attn``,
-    timm's own switch, so timm's attention layers follow too, and models built after
-    ``timm.layers.set_fused_attn(False)`` have it off from the start. timm's Swin makes its maps unless told otherwise:
-    there "on" is more than the default, and changes which kernel computes ``A V``.
+    last block. Second derivatives and timm's ``AttentionExtract`` need that. The switch is timm's own attribute
+    ``fused_attn``, so timm's attention layers follow too, and models built after ``timm.layers.set_fused_attn(False)``
+    start with it off. timm's Swin makes its maps as tensors by default: there "on" changes which kernel computes
+    ``A V``.
 
     Returns:
         ``model`` itself.
@@ -45,18 +45,19 @@ def set_fused(model: nn.Module, enabled: bool) -> nn.Module:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether any hook is registered on ``module``: then it has to be called, not only read."""
+    """Whether any hook is registered on ``module``: then it has to be called, reading its weight is not enough."""
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def any_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to ``module`` or to a part of it."""
+    """Whether any hook is registered on ``module`` or on a module inside it."""
     return has_hooks(module) or any(any_hooks(part) for part in module._modules.values() if part is not None)
 
 
 def recorded(x: Tensor) -> bool:
-    """Whether an operator called now is not simply run: ``torch.jit.trace`` and ``torch.fx`` write it down, and
-    ``torch.func`` transforms it. All three know torch's own operators only.
+    """Whether operators are now recorded (``torch.jit.trace``, ``torch.fx``) or transformed (``torch.func``).
+
+    All three support torch's own operators only.
     """
     if torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
         return True
@@ -64,7 +65,7 @@ def recorded(x: Tensor) -> bool:
 
 
 def can_fold(attn: nn.Module) -> bool:
-    """Whether ``attn.proj`` is nothing but its weight and bias: not wrapped (LoRA), parametrised or hooked."""
+    """Whether fast paths are on and ``attn.proj`` is a bare linear: not wrapped (LoRA), parametrised or hooked."""
     proj = attn.proj
     return attn.fused_attn and type(proj) is nn.Linear and not has_hooks(proj)
 
@@ -72,11 +73,11 @@ def can_fold(attn: nn.Module) -> bool:
 class Fold(NamedTuple):
     """A projection with everything affine that follows it: ``heads weight^T + means of_means^T + bias``.
 
-    Or the projections of L layers: each tensor has L as its first size.
+    It may also hold the projections of L layers: then L is the first dimension of each tensor.
 
     Attributes:
         weight: Shape (C, C_in).
-        of_means: Shape (C, K C_in), acts on K vectors an image; None for K = 0.
+        of_means: Shape (C, K C_in), acts on K vectors per image; None for K = 0.
         bias: Shape (C,), or None.
     """
 
@@ -89,15 +90,15 @@ class Fold(NamedTuple):
         if self.of_means is None:
             return F.linear(heads, self.weight, self.bias)
         offset = F.linear(means, self.of_means, self.bias)
-        return F.linear(heads, self.weight).add_(offset.unsqueeze(1))  # in place: backward needs no linear's output
+        return F.linear(heads, self.weight).add_(offset.unsqueeze(1))  # in place: backward needs no output of linear
 
 
 class Gains(NamedTuple):
-    """What remedies do to a projection, as factors; of L layers with L as first size. None: factor one.
+    """What remedies do to a projection, as factors. None: factor one. For L layers, L is the first dimension.
 
     Attributes:
-        weight: Shape (C or 1, num_heads or 1): of each channel and each head's columns.
-        of_means: The same for the weight's copy that acts on each mean.
+        weight: Shape (C or 1, num_heads or 1): a factor per output channel and per head's columns.
+        of_means: The same for each copy of the weight that acts on a mean.
         bias: Shape (C,).
         shift: Added to the bias, shape (C,).
     """
@@ -111,15 +112,15 @@ class Gains(NamedTuple):
 class Foldable(NamedTuple):
     """What a fold is made of: a projection, and ``gains(*settings, *parameters)``.
 
-    Of L layers together, ``weight`` is the tuple of theirs, and the other tensors have L as first size.
+    For L layers together, ``weight`` is the tuple of their weights, and L is the first dimension of the other tensors.
 
     Attributes:
         gains: Makes the ``Gains``.
         settings: The same for all layers whose folds are made together.
         weight: Shape (C, C_in).
         bias: Shape (C,), or None.
-        parameters: Those of the remedies.
-        num_heads: Of the gains; 1 where none has heads.
+        parameters: The remedies' parameters.
+        num_heads: Heads of the gains; 1 if no gain differs between heads.
     """
 
     gains: Callable[..., Gains]
@@ -130,7 +131,7 @@ class Foldable(NamedTuple):
     num_heads: int = 1
 
     def make(self) -> Fold:
-        """The fold."""
+        """Makes the fold."""
         gains = self.gains(*self.settings, *self.parameters)
         bias = self.bias
         if bias is not None and gains.bias is not None:
@@ -156,7 +157,7 @@ def _times(weight: Tensor, gain: Tensor, num_heads: int) -> Tensor:
 
 
 class _Products(torch.autograd.Function):
-    """``_times`` of the stacked weights of layers and several gains; backward keeps no stack, but makes it again."""
+    """``_times`` of the stacked weights of layers with several gains; backward stacks the weights again."""
 
     @staticmethod
     def forward(ctx, num_heads: int, layers: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -180,13 +181,13 @@ class _Products(torch.autograd.Function):
         return None, None, *of_stack.unbind(), *of_gains
 
 
-_PLAIN = frozenset({Tensor, nn.Parameter, type(None)})  # types of what may be stacked
+_PLAIN = frozenset({Tensor, nn.Parameter, type(None)})  # types of tensors that may be stacked
 
 _shared: ContextVar[Mapping[Hashable, Fold]] = ContextVar("_shared", default=MappingProxyType({}))
 
 
 def shared_fold(key: Hashable) -> Fold | None:
-    """What ``share_folds`` made for ``key``; None outside of it, and for compilers, which fuse what each layer does."""
+    """The fold that ``share_folds`` made for ``key``; None outside of its context, and under a compiler."""
     return None if torch.compiler.is_compiling() else _shared.get().get(key)
 
 
@@ -202,7 +203,7 @@ def foldables(blocks: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Foldable
     """The blocks that can be folded, or their ``attn``, for ``share_folds``."""
     for block in blocks:
         for layer in (block, getattr(block, "attn", None)):
-            # Of the class: a module searches all its dictionaries for a name that it lacks.
+            # Look up the class: on an instance, a missing name is searched in all of the module's dictionaries.
             if hasattr(type(layer), "foldable") and (foldable := layer.foldable()) is not None:
                 yield layer, foldable
                 break
@@ -210,15 +211,15 @@ def foldables(blocks: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Foldable
 
 @contextmanager
 def share_folds(foldables: Iterable[tuple[Hashable, Foldable]], x: Tensor) -> Iterator[None]:
-    """Makes, for the context, the folds that are alike together: as many operators for all layers as for one.
+    """Within the context, folds of the same form are made together: as many operators for all layers as for one.
 
-    On a GPU a small batch waits for the host, whose time goes by the number of operators. The values are the same. The
-    gradients of these parameters come together at the end of backward, where DDP sends them. Gradient checkpointing
-    would run the layers again outside of the context: not for it.
+    On a GPU a small batch waits for the host, whose time grows with the number of operators. The values are the same.
+    The gradients of these parameters arrive together at the end of backward, where DDP sends them. Do not use this with
+    gradient checkpointing, which runs the layers again outside of the context.
 
     Args:
         foldables: What to make, each with the key under which its layer looks for it.
-        x: The model's input: its device and, under autocast, the precision of the folds.
+        x: The model's input; it decides the device and, under autocast, the precision of the folds.
     """
     if torch.compiler.is_compiling() or recorded(x):
         yield
@@ -228,10 +229,10 @@ def share_folds(foldables: Iterable[tuple[Hashable, Foldable]], x: Tensor) -> It
         gains, settings, weight, bias, parameters, num_heads = foldable
         # Other tensors, such as shards of a parameter, may only be touched in their layer.
         if parameters and _PLAIN.issuperset(map(type, (weight, bias, *parameters))):
-            # The weight's shape and what is made of it decide the other shapes.
+            # The weight's shape and the settings decide the other shapes.
             alike[gains, settings, num_heads, bias is None, weight.shape, weight.dtype][key] = foldable
     device = x.device.type
-    # The meta device knows no autocast: asking it whether it is enabled is an error.
+    # The meta device has no autocast: asking whether it is enabled raises.
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else None
     shared = {}
@@ -250,12 +251,12 @@ def share_folds(foldables: Iterable[tuple[Hashable, Foldable]], x: Tensor) -> It
 
 
 class FoldedAttention(Attention):
-    """timm's ``Attention`` in two halves, what comes before the projection and the projection; arguments as timm's."""
+    """timm's ``Attention`` in two halves, the part before the projection and the projection; arguments as timm's."""
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, num_queries: int | None = None
     ) -> Tensor:
-        """(B, N, C) -> (B, N, C), or (B, num_queries, C): what the first ``num_queries`` tokens get, without a mask."""
+        """(B, N, C) -> (B, N, C), or the first ``num_queries`` tokens of it (B, num_queries, C), without a mask."""
         if not torch.jit.is_scripting():
             fold = folded(self)
             if fold is not None:
@@ -265,13 +266,13 @@ class FoldedAttention(Attention):
         return self.proj_drop(self.proj(heads))
 
     def first_tokens(self, x: Tensor, num_tokens: int) -> Tensor:
-        """What the first ``num_tokens`` get: (B, N, C) -> (B, num_tokens, C)."""
+        """The output for the first ``num_tokens``: (B, N, C) -> (B, num_tokens, C)."""
         return self(x, num_queries=num_tokens)
 
     def unprojected(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, N, C) -> what ``Fold.project`` takes: heads (B, N, attn_dim), and means."""
+        """(B, N, C) -> the arguments of ``Fold.project``: heads (B, N, attn_dim), and means."""
         heads, v = self.heads(x, attn_mask, is_causal, None, True)
         return heads, self.means(v)
 
@@ -300,7 +301,7 @@ class FoldedAttention(Attention):
     ) -> Tensor:
         """Attention per head: q (B, num_heads, Q, head_dim), k and v over N tokens -> the shape of q.
 
-        With ``folded`` without what ``foldable`` puts into the projection.
+        With ``folded``, it leaves out what ``foldable`` puts into the projection.
         """
         if self.fused_attn:
             dropout = self.attn_drop.p if self.training else 0.0
@@ -311,12 +312,12 @@ class FoldedAttention(Attention):
         """The attention maps, (B, num_heads, Q, N)."""
         attn = q * self.scale @ k.transpose(-2, -1)
         mask = resolve_self_attn_mask(k.shape[-2], attn, attn_mask, is_causal)
-        return maybe_add_mask(attn, mask).softmax(dim=-1)  # timm's function, so that fx does not look into the choice
+        return maybe_add_mask(attn, mask).softmax(dim=-1)  # timm's function, which fx does not trace into
 
     def foldable(self) -> Foldable | None:
-        """The projection; a remedy that acts on the heads folds itself in here."""
+        """The projection; subclasses fold their remedy in here."""
         return Foldable(Gains, (), self.proj.weight, self.proj.bias) if can_fold(self) else None
 
     def means(self, v: Tensor) -> Tensor | None:
-        """The vectors that act through ``Fold.of_means``, made of the values (B, num_heads, N, head_dim)."""
+        """The vectors that ``Fold.of_means`` acts on, from the values (B, num_heads, N, head_dim)."""
         return None

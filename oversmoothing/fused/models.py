@@ -1,4 +1,4 @@
-"""timm's models whose layers have what remedies fold into them made together, see ``folding.share_folds``."""
+"""timm's models, with the folds of all their layers made together: see ``folding.share_folds``."""
 
 from collections.abc import Hashable, Iterator
 

@@ -2,11 +2,11 @@
 
 CaiT mixes its attention maps over the heads before and after the softmax (arXiv 2003.02436). timm does it by moving the
 heads to the last axis of [B, H, N, N] and back, twice, and keeps the maps before and after for backward. Here a mixing
-is one small matrix on [B, H, N * N], and the maps live in a scratch buffer, a few images or some rows of one at a time:
-forward keeps only its input, backward makes the maps again.
+is one small matrix on [B, H, N * N], and the maps live in a scratch buffer, for a few images or some rows of one image
+at a time: forward keeps only its input, backward recomputes the maps.
 
-It is an operator of torch, ``torch.ops.oversmoothing.talking_heads``, so ``torch.compile`` and ``torch.export`` keep it
-as it is.
+It is a custom operator of torch, ``torch.ops.oversmoothing.talking_heads``, so ``torch.compile`` and ``torch.export``
+keep it as one call.
 """
 
 import math
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .folding import Foldable, Gains, can_fold, recorded
 
-# Size of one scratch buffer. On a CPU the four of backward should stay in the cache (of 32 MB where it was measured);
-# elsewhere a chunk only has to be large enough that launching its kernels does not count (a guess, not measured:
-# `python scripts/check_gpu.py --only chunk` measures it).
+# Size of one scratch buffer. On a CPU the four buffers of backward should stay in the cache (measured with 32 MB).
+# Elsewhere a chunk has to be so large that the launch of its kernels is negligible; this size is a guess, not measured:
+# `python scripts/check_gpu.py --only chunk` measures it.
 CPU_CHUNK_BYTES = 2 * 2**20
 CHUNK_BYTES = 256 * 2**20
 
@@ -56,7 +56,7 @@ class FusedTalkingHeadAttn(TalkingHeadAttn):
         return self.proj_drop(self.proj(self.heads(x)))
 
     def unprojected(self, x: Tensor) -> tuple[Tensor, None]:
-        """(B, N, C) -> what ``folding.Fold.project`` takes: heads (B, N, C), and no means."""
+        """(B, N, C) -> the arguments of ``folding.Fold.project``: heads (B, N, C), and no means."""
         return self.heads(x), None
 
     @torch.jit.unused
@@ -78,7 +78,7 @@ class FusedTalkingHeadAttn(TalkingHeadAttn):
         return (self.attn_drop(attn) @ v).transpose(1, 2).reshape(B, N, C)
 
     def remedy(self, attn: Tensor) -> Tensor:
-        """What a remedy does to the mixed maps, (B, num_heads, N, N) -> the same shape: nothing here."""
+        """A remedy on the mixed maps, (B, num_heads, N, N) -> the same shape; here the identity."""
         return attn
 
     def second_mixing(self, num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ class FusedTalkingHeadAttn(TalkingHeadAttn):
 
     @torch.jit.unused
     def foldable_mixing(self, num_tokens: int) -> Foldable | None:
-        """What ``second_mixing`` is made of, where it is not the layer's own."""
+        """What ``second_mixing`` is made of; None if it is ``proj_w`` alone."""
         return None
 
 
@@ -96,13 +96,13 @@ class FusedTalkingHeadAttn(TalkingHeadAttn):
 def talking_heads(qkv: Tensor, scale: float, w_l: Tensor, b_l: Tensor, w_w: Tensor, b_w: Tensor) -> Tensor:
     """``y = (W_w softmax(W_l S) + b_w) V`` with ``S = scale Q K^T``, a chunk of images or of an image's rows at a time.
 
-    ``b_w V`` is one vector an image and head. ``b_l`` cancels in the softmax; it is an argument so that it gets its
-    gradient, zero: DDP waits for one of every parameter.
+    ``b_w V`` is one vector per image and head. ``b_l`` cancels in the softmax; it is an argument so that it gets a
+    gradient of zero: DDP waits for a gradient of every parameter.
 
     Args:
         qkv: Shape (3, B, num_heads, N, head_dim); under autocast it is cast to autocast's precision.
         scale: Dimensionless factor on the scores.
-        w_l: Shape (num_heads, num_heads), as ``w_w``; like the biases in any precision, float32 beside a half ``qkv``.
+        w_l: Shape (num_heads, num_heads), as ``w_w``. Weights and biases may be float32 with a half-precision ``qkv``.
         b_l: Shape (num_heads,), as ``b_w``.
         w_w: The mixing after the softmax.
         b_w: Its bias.
@@ -127,7 +127,7 @@ def talking_heads(qkv: Tensor, scale: float, w_l: Tensor, b_l: Tensor, w_w: Tens
 def talking_heads_backward(
     dy: Tensor, qkv: Tensor, scale: float, w_l: Tensor, w_w: Tensor, b_w: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``qkv``, ``w_l``, ``w_w`` and ``b_w``, each in its dtype; ``dy``: of what forward returns."""
+    """Gradients of ``qkv``, ``w_l``, ``w_w`` and ``b_w``, each in its dtype; ``dy`` is the gradient of the output."""
     dy = dy.transpose(1, 2)
     dqkv = torch.empty_like(qkv)
     mix_l, mix_w = w_l.to(qkv.dtype), w_w.to(qkv.dtype)
@@ -186,21 +186,21 @@ def _autocast(device_type: str):
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
         keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            if qkv.dtype != torch.float64:  # which autocast leaves alone
+            if qkv.dtype != torch.float64:  # autocast leaves float64 alone
                 qkv = qkv.to(torch.get_autocast_dtype(device_type))
             return talking_heads(qkv, *others)
 
     return kernel
 
 
-# `torch.library.register_autocast` knows one precision; autocast's own is only known when the operator is called.
+# `torch.library.register_autocast` fixes one precision; autocast's own is only known when the operator is called.
 _library = torch.library.Library("oversmoothing", "FRAGMENT")
 _library.impl("talking_heads", _autocast("cpu"), "AutocastCPU", with_keyset=True)
 _library.impl("talking_heads", _autocast("cuda"), "AutocastCUDA", with_keyset=True)
 
 
 def talking_heads_as_maps(qkv: Tensor, scale: float, w_l: Tensor, b_l: Tensor, w_w: Tensor, b_w: Tensor) -> Tensor:
-    """The operator's definition in torch's own operators, for files that have to run without this package."""
+    """The operator's definition in torch's own operators, for exported files that have to run without this package."""
     q, k, v = qkv.unbind(0)
     attn = mix_heads(q * scale @ k.mT, w_l.to(qkv.dtype), b_l).softmax(dim=-1)
     return (mix_heads(attn, w_w.to(qkv.dtype), b_w) @ v).transpose(1, 2).contiguous()
@@ -208,14 +208,15 @@ def talking_heads_as_maps(qkv: Tensor, scale: float, w_l: Tensor, b_l: Tensor, w
 
 # ---- its parts -------------------------------------------------------------------------------------------------------
 def _chunks(qkv: Tensor, scale: float, num_buffers: int) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Slices of the batch and of the queries; for each, ``scale`` times these queries, (images, num_heads, rows,
-    head_dim), and buffers (num_buffers, images, num_heads, rows, N).
+    """For each chunk: its slice of the images and of the queries, ``scale`` times these queries, and scratch buffers.
+
+    Queries have shape (images, num_heads, rows, head_dim), buffers (num_buffers, images, num_heads, rows, N).
     """
     _, B, H, N, D = qkv.shape
     limit = CPU_CHUNK_BYTES if qkv.device.type == "cpu" else CHUNK_BYTES
     row_bytes = H * N * qkv.element_size()
     images = max(1, min(B, limit // (N * row_bytes)))  # 1 for an empty batch too
-    parts = math.ceil(N * row_bytes / limit)  # of one image, about equally large
+    parts = math.ceil(N * row_bytes / limit)  # of one image, of about equal size
     rows = math.ceil(N / parts)
     scratch = qkv.new_empty(num_buffers, images * H * rows * N)
     for image in range(0, B, images):
@@ -247,16 +248,16 @@ def _mix_gradient(total: Tensor | None, grad: Tensor, maps: Tensor) -> Tensor:
 
 
 def _gradient_factor(qkv: Tensor) -> float:
-    """By what the gradient of the scores is multiplied until the maps are gone; a power of two, so nothing is rounded.
+    """Factor on the gradient of the scores within backward, divided out again; a power of two, so nothing is rounded.
 
-    An entry of a map is about 1 / N, which takes such gradients below what float16 can hold.
+    An entry of a map is about 1 / N, so without the factor this gradient underflows in float16.
     """
     return 2.0 ** round(math.log2(max(1, qkv.shape[3]))) if qkv.element_size() == 2 else 1.0
 
 
 def _softmax_gradient(grad: Tensor, attn: Tensor, factor: float, zero: Tensor, out: Tensor) -> None:
     """``factor`` times the gradient of the softmax's input; ``grad`` is overwritten."""
-    if grad.device.type == "cpu" and factor == 1:  # one pass; on CUDA it would make another buffer, in half precision
+    if grad.device.type == "cpu" and factor == 1:  # one pass; on CUDA it would need another buffer in half precision
         torch.ops.aten._softmax_backward_data(grad, attn, -1, attn.dtype, grad_input=out)
         return
     torch.addcmul(zero, attn, grad, value=factor, out=grad)

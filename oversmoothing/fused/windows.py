@@ -8,10 +8,10 @@ from .folding import Foldable, Gains, folded, has_hooks
 
 
 class FoldedWindowAttention(WindowAttention):
-    """timm's ``WindowAttention`` in two halves, what comes before the projection and the projection.
+    """timm's ``WindowAttention`` in two halves, the part before the projection and the projection.
 
     In timm's Swin ``fused_attn`` is off by default: the maps of windows are small tensors. Folding does not depend on
-    it and has a switch of its own, ``folds``; ``set_fused`` turns both.
+    it and has a switch of its own, ``folds``; ``set_fused`` sets both.
     """
 
     folds = True
@@ -24,19 +24,19 @@ class FoldedWindowAttention(WindowAttention):
         return self.proj_drop(fold.project(*self.unprojected(x, mask)))
 
     def unprojected(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """What ``Fold.project`` takes: heads (B * windows, N, H * D), and means; only where it is ``foldable``."""
+        """The arguments of ``Fold.project``: heads (B * windows, N, H * D), and means. For foldable layers only."""
         heads, v = self.heads(x, mask, folded=True)
         return heads, self.means(v)
 
     def foldable(self) -> Foldable | None:
-        """The projection, if it is nothing but its weight and bias and no dropout falls on the maps; else None."""
+        """The projection, if it is a bare linear and no dropout falls on the maps; else None."""
         plain = type(self.proj) is nn.Linear and not has_hooks(self.proj)
         if not (self.folds and plain) or (self.training and self.attn_drop.p > 0):
             return None
         return Foldable(Gains, (), self.proj.weight, self.proj.bias)
 
     def means(self, v: Tensor) -> Tensor | None:
-        """The vectors that act through ``Fold.of_means``, made of the values (B * windows, H, N, D)."""
+        """The vectors that ``Fold.of_means`` acts on, from the values (B * windows, H, N, D)."""
         return None
 
     def heads(self, x: Tensor, mask: Tensor | None = None, folded: bool = False) -> tuple[Tensor, Tensor]:

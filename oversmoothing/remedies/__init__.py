@@ -1,4 +1,4 @@
-"""Remedies against over-smoothing, one a file; importing this package registers all of them.
+"""Remedies against over-smoothing, one per file; importing this package registers all of them.
 
 A new remedy is one new file here with a class under ``@register_remedy``: ``add_remedy``, the flags, the analysis and
 the benchmark find it by its name. See ``docs/add_a_remedy.md``.

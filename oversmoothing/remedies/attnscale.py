@@ -7,7 +7,7 @@ start::
     A_hat = A_d + (1 + lamb) (A - A_d)                        (arXiv 2203.05962, AttnScale)
 
 ``A_d`` is constant, so ``A_hat V = (1 + lamb) A V - lamb mean(V)``: no N x N tensor is needed and any fused attention
-can compute ``A V``. ``attn_scale`` is the dense definition, the oracle of the tests and of the analysis; the
+can compute ``A V``. ``attn_scale`` is the dense definition, the reference of the tests and of the analysis; the
 modules below use the closed form wherever it is exact.
 """
 
@@ -48,8 +48,8 @@ class AttnScaleAttention(FoldedAttention):
     """timm's ``Attention`` with AttnScale; fits the ``attn_layer`` slot of any timm ``VisionTransformer``.
 
     N counts every token of the sequence: class, distillation and register tokens included. With an attention mask the
-    same identity holds, since the rows of a masked softmax still sum to one. Dropout on the attention weights would
-    fall on the entries of ``A_hat``, so it takes the dense form (as does ``fused_attn = False``).
+    same identity holds, since the rows of a masked softmax still sum to one. Dropout on the attention weights acts on
+    the entries of ``A_hat``, so it needs the dense form; ``fused_attn = False`` uses the dense form too.
 
     Args:
         dim: Channels C of the tokens.
@@ -63,13 +63,13 @@ class AttnScaleAttention(FoldedAttention):
         self.lamb = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Zero ``lamb``, where AttnScale is the identity (timm calls this for models built on the meta device)."""
+        """Sets ``lamb`` to zero: AttnScale is the identity (timm calls this for models built on the meta device)."""
         nn.init.zeros_(self.lamb)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, folded: bool
     ) -> Tensor:
-        """``A_hat V``, or only ``A V`` where the projection does the rest; shapes as in ``FoldedAttention``."""
+        """``A_hat V``, or only ``A V`` if the projection does the rest; shapes as in ``FoldedAttention``."""
         if not self.fused_attn or (self.training and self.attn_drop.p > 0):
             return self.attn_drop(attn_scale(self.maps(q, k, attn_mask, is_causal), self.lamb)) @ v
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
@@ -77,7 +77,7 @@ class AttnScaleAttention(FoldedAttention):
 
     @torch.jit.unused
     def foldable(self) -> Foldable | None:
-        """The projection with AttnScale in it; None where something stands between them, or dropout on the maps."""
+        """The projection with AttnScale in it; None with a norm or gate between them, or with dropout on the maps."""
         if not can_fold(self) or self.gate is not None or type(self.norm) is not nn.Identity:
             return None
         if self.training and self.attn_drop.p > 0:
@@ -91,13 +91,13 @@ class AttnScaleAttention(FoldedAttention):
 
 
 def projection_gains(lamb: Tensor) -> Gains:
-    """``proj((1 + lamb) A V - lamb mean(V))``: input columns of ``proj`` scaled, head by head, and a vector an image.
+    """``proj((1 + lamb) A V - lamb mean(V))``: scaled input columns of ``proj``, head by head, and a vector per image.
 
     Args:
         lamb: Shape (num_heads,), or (L, num_heads) for L layers.
 
     Returns:
-        For ``A V`` and for the mean of ``V``, both with their heads side by side.
+        Gains for ``A V`` and for the mean of ``V``, both with the heads concatenated.
     """
     lamb = lamb.unsqueeze(-2)
     return Gains(1 + lamb, (-lamb,))
@@ -141,9 +141,10 @@ def mixing_gains(num_tokens: int, lamb: Tensor) -> Gains:
 
 
 class AttnScaleWindowAttention(FoldedWindowAttention):
-    """Swin's window attention with AttnScale. N is the window's area; the mask of shifted windows is in the maps.
+    """Swin's window attention with AttnScale. N is the window's area.
 
-    So masked pairs get ``-lamb / N``, as in the paper's code. Arguments as timm's ``WindowAttention``.
+    The mask of shifted windows is added before the softmax, so masked pairs get ``-lamb / N``, as in the paper's code.
+    Arguments as timm's ``WindowAttention``.
     """
 
     def __init__(self, dim: int, num_heads: int, *args, device=None, dtype=None, **kwargs) -> None:
@@ -151,13 +152,13 @@ class AttnScaleWindowAttention(FoldedWindowAttention):
         self.lamb = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """timm's start values, and zero ``lamb`` (timm's constructor calls this before there is one)."""
+        """Start values of timm, and zero ``lamb`` (timm's constructor calls this before ``lamb`` exists)."""
         super().reset_parameters()
         if hasattr(self, "lamb"):
             nn.init.zeros_(self.lamb)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, folded: bool) -> Tensor:
-        """``A_hat V``, or only ``A V`` where the projection does the rest; shapes as in ``FoldedWindowAttention``."""
+        """``A_hat V``, or only ``A V`` if the projection does the rest; shapes as in ``FoldedWindowAttention``."""
         if not self.folds or (self.training and self.attn_drop.p > 0):
             return self.attn_drop(attn_scale(self.maps(q, k, mask), self.lamb)) @ v
         y = super().attend(q, k, v, mask, folded)
@@ -198,7 +199,7 @@ register_kind(AttnScaleWindowAttention)(_AttnScaleWindowKind)
 @register_remedy
 @dataclass(frozen=True, kw_only=True)
 class AttnScale(AttentionRemedy):
-    """``A_d + (1 + lamb)(A - A_d)`` with ``A_d = 1 1^T / N``, ``lamb`` one a head from zero."""
+    """``A_d + (1 + lamb)(A - A_d)`` with ``A_d = 1 1^T / N``; one ``lamb`` per head, starting at zero."""
 
     name = "attnscale"
     formula = "(1 + lamb) y - lamb m"

@@ -1,9 +1,9 @@
 """What a remedy is: an equation with its options, the parameters that it adds, and a fast and a dense form.
 
 A remedy of the attention is an *operator transformer*. Attention is an operator on values, ``apply(v) = A v``; the
-remedy gets it and returns another one, so remedies compose by wrapping one after the other. What it needs besides (the
-layer's input, the mean token, the first layer's values) is in ``Heads``, its parameters are on the attention module. A
-remedy is a frozen dataclass: its fields are its options, and an instance holds no tensors.
+remedy takes this operator and returns another one, so remedies compose: each wraps the one before. ``Heads`` holds what
+else a remedy needs (the layer's input, the mean token, the first layer's values); its parameters are on the attention
+module. A remedy is a frozen dataclass: its fields are its options, and an instance holds no tensors.
 """
 
 from collections.abc import Callable
@@ -55,26 +55,26 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Remedy:
-    """What all remedies have. Subclass one of the three below."""
+    """Base of all remedies. Subclass one of the three classes below."""
 
     name: ClassVar[str]
     formula: ClassVar[str]  # with y = A v, m the mean token of v, v0 the first layer's values, x the layer's input
     source: ClassVar[str]
     cost: ClassVar[str]
     changes: ClassVar[str]  # "attention", "branch" or "norm"
-    published: ClassVar[dict[str, Any]] = {}  # the options with which it is its authors' method
+    published: ClassVar[dict[str, Any]] = {}  # the options of the authors' method
     native: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {}  # module class -> class with the remedy built in
 
     def for_model(self, model: nn.Module) -> "Remedy":
-        """The remedy with those options decided that depend on the model."""
+        """The remedy, with the options that depend on the model filled in."""
         return self
 
     def objection(self, model: nn.Module, layers: list[Layer]) -> str | None:
-        """Why the remedy has no meaning in these layers of a model; None where it has one."""
+        """Why the remedy has no meaning in these layers of a model; None if it fits."""
         return None
 
     def native_attributes(self) -> dict[str, Any]:
-        """What a class of ``native`` needs besides the parameters."""
+        """Attributes that a class of ``native`` needs besides the parameters."""
         return {}
 
     def new_state(self, layer: LayerShape) -> dict[str, Tensor | nn.Module]:
@@ -94,7 +94,7 @@ def _state_names(cls: type[Remedy]) -> frozenset[str]:
 
 
 def is_remedy_parameter(name: str) -> bool:
-    """Whether a parameter's full name (``blocks.3.attn.lamb``) is one that a remedy adds to its baseline."""
+    """Whether a parameter with this full name (``blocks.3.attn.lamb``) belongs to a remedy."""
     parts = name.split(".")
     return not all(_state_names(cls).isdisjoint(parts) for cls in REMEDIES.values())
 
@@ -104,9 +104,9 @@ class AttentionRemedy(Remedy):
     """A remedy between the softmax and the output projection of a layer."""
 
     changes: ClassVar[str] = "attention"
-    per_head: ClassVar[tuple[str, ...]] = ()  # options that are start values of learnable weights, one a head
+    per_head: ClassVar[tuple[str, ...]] = ()  # options that are start values of learnable weights, one per head
     prefix: ClassVar[str | None] = None  # of the parameters' names; None: the remedy's name and "_"
-    needs_first_values: ClassVar[bool] = False  # reads ``heads.first_v``, so the first layer is as it was
+    needs_first_values: ClassVar[bool] = False  # reads ``heads.first_v``; the first layer stays plain
     needs_maps: ClassVar[bool] = False  # there is no fast form
     square: ClassVar[bool] = True  # combines values with outputs token by token, so queries must not be pooled
     drops_softmax: ClassVar[bool] = False  # attention dropout falls on the softmax maps, not on ``maps(...)``
@@ -118,7 +118,7 @@ class AttentionRemedy(Remedy):
         return (f"{self.name}_" if self.prefix is None else self.prefix) + option
 
     def new_state(self, layer: LayerShape) -> dict[str, Tensor | nn.Module]:
-        """One number a head for each of ``per_head``."""
+        """One number per head for each of ``per_head``."""
         options = self.per_head if self.learnable else ()
         return {self.parameter_name(o): torch.full((layer.num_heads,), float(getattr(self, o))) for o in options}
 
@@ -139,9 +139,9 @@ class AttentionRemedy(Remedy):
         raise NotImplementedError
 
     def maps(self, attn: nn.Module, maps: Tensor, heads: Heads) -> Tensor:
-        """The dense form, for remedies whose operator is a map: (B, H, Q, N) -> the maps in their place.
+        """The dense form, for remedies whose operator is a map: maps (B, H, Q, N) -> the maps that replace them.
 
-        Used by the analysis, with dropout on the maps, and as the tests' definition of ``wrap``.
+        Used by the analysis, wherever dropout falls on the maps, and by the tests as the definition of ``wrap``.
         """
         raise NotImplementedError
 
@@ -215,7 +215,7 @@ def _fits(norm: nn.Module) -> bool:
 
 
 def uniform_map(heads: Heads, like: Tensor) -> Tensor | float:
-    """The map of which ``token_mean`` is the fast form, broadcastable to (B, H, Q, N): its rows are 1 / N."""
+    """The dense form of ``heads.token_mean``, broadcastable to (B, H, Q, N): rows of 1 / N, and 0 for padding."""
     if heads.attn_mask is None:
         return 1.0 / like.shape[-1]
     counts = counted_tokens(heads.attn_mask).to(like.dtype).unsqueeze(-2)
@@ -225,7 +225,7 @@ def uniform_map(heads: Heads, like: Tensor) -> Tensor | float:
 def attend(attn: nn.Module, remedies: tuple[AttentionRemedy, ...], heads: Heads) -> Tensor:
     """Attention with remedies, the first of them next to the softmax: -> (B, H, Q, D).
 
-    Dense wherever the layer itself is, and where dropout on the maps must fall on the remedy's instead of the softmax.
+    Dense if the layer itself is not fused, if a remedy has no fast form, or if there is dropout on a remedy's maps.
     """
     on_maps = heads.dropout > 0 and any(remedy.has_maps() for remedy in remedies)
     dense = not heads.fused or on_maps or any(remedy.needs_maps for remedy in remedies)

@@ -1,4 +1,4 @@
-"""Centred attention: the mean token taken out of what attention returns."""
+"""Centred attention: the mean token is subtracted from the output of attention."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ from .base import AttentionRemedy, Operator, register_remedy, uniform_map
 @register_remedy
 @dataclass(frozen=True, kw_only=True)
 class Centred(AttentionRemedy):
-    """``y - gamma m`` with ``m`` the mean of the values: the map ``A - gamma 1 1^T / N``, ``gamma`` one a head.
+    """``y - gamma m`` with ``m`` the mean of the values: the map ``A - gamma 1 1^T / N``, one ``gamma`` per head.
 
-    The paper subtracts all of it, ``gamma=1, learnable=False``. Here ``gamma`` is learnable from zero.
+    The paper subtracts the whole mean, ``gamma=1, learnable=False``. Here ``gamma`` is learnable and starts at zero.
     """
 
     name = "centred"

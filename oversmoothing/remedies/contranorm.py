@@ -1,4 +1,4 @@
-"""ContraNorm: every norm first moves the tokens apart."""
+"""ContraNorm: tokens are moved apart before every norm."""
 
 from dataclasses import dataclass
 
@@ -23,12 +23,12 @@ POST_NORM = (
 class ContraNorm(NormRemedy):
     """``norm(x - s z)`` with ``z = softmax(n n^T / tau) x`` and ``n`` the tokens with L2 norm 1.
 
-    Options as in the authors' code: ``dual`` adds the softmax over columns, ``pre`` puts ``n`` in the place of ``x``,
-    ``identity`` has ``(1 + s) x`` instead of ``x``, ``learnable`` makes ``s`` a vector over the channels, ``positive``
-    its exponential. With ``learnable`` and ``identity`` their code has ``s x - s z``, without the 1, and so has this.
-    It replaces every norm: both of a block and the model's last one. The class token takes part.
-    The paper writes ``softmax(x x^T)``; the code normalises the rows. It gives no values for its ViT tables: its
-    script has ``s = 0.01`` in a comment.
+    Options as in the authors' code: ``dual`` adds the softmax over columns, ``pre`` uses ``n`` in place of ``x``,
+    ``identity`` uses ``(1 + s) x`` instead of ``x``, ``learnable`` makes ``s`` a vector over the channels, ``positive``
+    makes ``s`` the exponential of that vector. With ``learnable`` and ``identity`` their code computes ``s x - s z``,
+    without the 1, and so does this. It changes every norm: both of a block and the model's last one. The class token
+    takes part. The paper writes ``softmax(x x^T)``; the code normalises the rows. The paper gives no ``s`` for its ViT
+    tables; the authors' script has ``s = 0.01`` in a comment.
     """
 
     name = "contranorm"
@@ -50,7 +50,7 @@ class ContraNorm(NormRemedy):
             raise RemedyError("contranorm: identity and positive need a scale above 0: at 0 they are no plain norm")
 
     def objection(self, model: nn.Module, layers: list[Layer]) -> str | None:
-        """Where norms do not stand in front of the branches, or see something else than the tokens of one image."""
+        """Refuses norms behind the branches, and norms over anything but the tokens of one image."""
         if isinstance(model, naflexvit.NaFlexVit):
             return "its batches hold padding, which would take part in the norm"
         if any(isinstance(layer.block, POST_NORM) for layer in layers):
@@ -65,7 +65,7 @@ class ContraNorm(NormRemedy):
         return {"contranorm_scale": start.log() if self.positive else start} if self.learnable else {}
 
     def before_norm(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """Fused: by :class:`ContraMixing`, or one or two fused attention calls, without N x N similarities kept."""
+        """Fused by :class:`ContraMixing` or by one or two fused attention calls: no N x N similarities are kept."""
         s = norm.contranorm_scale.to(x.dtype) if self.learnable else x.new_full((x.shape[-1],), self.scale)
         s = s.exp() if self.positive and self.learnable else s
         if norm.fused_attn and can_mix(x, self.tau) and not (self.dual or self.pre or self.identity):
@@ -78,7 +78,7 @@ class ContraNorm(NormRemedy):
         return x - s * z
 
     def similarities(self, n: Tensor) -> Tensor:
-        """The definition: what mixes the tokens, (B, N, N)."""
+        """The definition of the mixing matrix, (B, N, N)."""
         scores = n @ n.mT / self.tau
         return scores.softmax(dim=-1) + scores.softmax(dim=-2) if self.dual else scores.softmax(dim=-1)
 
@@ -86,8 +86,8 @@ class ContraNorm(NormRemedy):
         n, x = n.unsqueeze(1), x.unsqueeze(1)  # one head
         if not self.dual:
             return F.scaled_dot_product_attention(n, n, x, scale=1 / self.tau).squeeze(1)
-        # One more key, zero, whose weight w = 1 / (1 + D) tells the row sums D of E = exp(n n^T / tau). E is symmetric,
-        # so they are its column sums too, and the softmax over columns is E D^-1 = D S D^-1 with S the one over rows.
+        # One more key, zero, gets the weight w = 1 / (1 + D), which gives the row sums D of E = exp(n n^T / tau). E is
+        # symmetric, so its column sums are D too. With S the softmax over rows, that over columns is E D^-1 = D S D^-1.
         queries, keys, values = F.pad(n, (0, 1)), F.pad(n, (0, 1, 0, 1)), F.pad(x, (0, 1, 0, 1))
         values[..., -1, -1] = 1
         padded = F.scaled_dot_product_attention(queries, keys, values, scale=1 / self.tau)

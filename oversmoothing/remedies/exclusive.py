@@ -1,4 +1,4 @@
-"""Exclusive self-attention: what a token gets from attention, without the part along its own value."""
+"""Exclusive self-attention: the output of attention for a token, without the part along the token's own value."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from .base import AttentionRemedy, Operator, register_remedy
 @register_remedy
 @dataclass(frozen=True, kw_only=True)
 class Exclusive(AttentionRemedy):
-    """``y - tanh(alpha) (y . n) n`` with ``n = v / |v|`` of the same token and head, ``alpha`` one a head from zero.
+    """``y - tanh(alpha) (y . n) n`` with ``n = v / |v|`` of the same token and head; one ``alpha`` per head, from zero.
 
     The paper's rule is the full projection, ``learnable=False``. No code of its author was found; the learnable form
     and the lower bound of ``|v|``, 1e-4, are those of the modded-nanogpt repository.

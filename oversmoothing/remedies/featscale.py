@@ -6,9 +6,9 @@ With ``DC[y]`` the mean over the tokens and ``HC[y] = y - DC[y]``, each block ge
 
     y + gain (lamb1 * DC[y] + lamb2 * HC[y])                        (arXiv 2203.05962, FeatScale)
 
-``feat_scale`` is this definition. ``projection_gains`` is the same inside ``proj``, where both blocks do it if
-the attention layer allows it (``folding.can_fold``) and no dropout comes between ``proj`` and the mean; otherwise
-they call ``fused_feat_scale``.
+``feat_scale`` is this definition. ``projection_gains`` folds the same into ``proj``. The blocks use it if the attention
+layer allows it (``folding.can_fold``) and there is no dropout between ``proj`` and the mean; otherwise they call
+``fused_feat_scale``.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ def feat_scale(y: Tensor, lamb1: Tensor, lamb2: Tensor, gain: float) -> Tensor:
 def fused_feat_scale(y: Tensor, lamb1: Tensor, lamb2: Tensor, gain: float) -> Tensor:
     """``feat_scale`` as ``(1 + gain lamb2) y + gain (lamb1 - lamb2) DC[y]``: two passes over ``y``, nothing else kept.
 
-    For where dropout comes between the projection and the mean. Arguments as those of ``feat_scale``.
+    Used where FeatScale cannot be folded, for example with dropout after the projection. Arguments as ``feat_scale``.
     """
     offset = gain * (lamb1 - lamb2).to(y.dtype) * y.mean(dim=1, keepdim=True)
     return torch.addcmul(offset, y, 1 + gain * lamb2.to(y.dtype))
@@ -72,21 +72,21 @@ def projection_gains(
     """FeatScale of an attention layer's output, as factors on its projection.
 
     ``y + gain (lamb1 DC + lamb2 HC) = (1 + gain lamb2) y + gain (lamb1 - lamb2) DC``: the first term scales the rows of
-    the weight, the second is one vector an image, since ``DC[y]`` is the projection of the mean of the heads. What is
-    the same for all tokens, the layer's own means and the bias, is scaled by both together.
+    the weight, the second is one vector per image, since ``DC[y]`` is the projection of the mean of the heads. The
+    layer's own means and the bias are the same for all tokens: both terms together scale them, by ``1 + gain lamb1``.
 
     Args:
         gain: As in ``feat_scale``.
-        windows: Whether the layer's own means are those of windows, and not of the whole image as DC is.
-        inner: Makes the layer's own gains of ``settings`` and ``parameters``.
+        windows: Whether the layer's own means are means over windows; DC is the mean over the whole image.
+        inner: Makes the layer's own gains from ``settings`` and ``parameters``.
         settings: See ``folding.Foldable``.
-        lamb1: Shape (C,), or (L, C) with everything else of L layers too.
+        lamb1: Shape (C,), or (L, C) for L layers; then all other tensors are of L layers too.
         lamb2: As ``lamb1``.
-        *parameters: See ``settings``.
+        *parameters: The layer's own parameters, see ``inner``.
 
     Returns:
-        For the heads; for the mean of the heads and, after it, for the layer's own means; with ``windows`` then for the
-        means of these over the image.
+        Gains for the heads, for the mean of the heads and, after it, for the layer's own means. With ``windows``, gains
+        for the averages of these means over the image follow.
     """
     weight, of_means, _, _ = inner(*settings, *parameters)
     lamb1, lamb2 = (gain * lamb.unsqueeze(-1) for lamb in (lamb1, lamb2))
@@ -100,7 +100,7 @@ def projection_gains(
 
 
 def _foldable(block: nn.Module, enabled: bool, windows: bool = False) -> Foldable | None:
-    """What the fold of a block's attention branch is made of; None where something has to stay as it is."""
+    """What the fold of a block's attention branch is made of; None where it cannot be folded."""
     attn = block.attn
     if (
         not enabled
@@ -136,7 +136,7 @@ class FeatScaleBlock(Block):
         self, dim: int, *args, gain: float = DEIT_GAIN, attn_layer=Attention, device=None, dtype=None, **kwargs
     ) -> None:
         if attn_layer in (Attention, "", "attn"):
-            attn_layer = FoldedAttention  # the same layer, which hands out its projection
+            attn_layer = FoldedAttention  # the same layer, in two halves
         super().__init__(dim, *args, attn_layer=attn_layer, device=device, dtype=dtype, **kwargs)
         self.fused_attn = use_fused_attn()
         self.gain = gain
@@ -144,7 +144,7 @@ class FeatScaleBlock(Block):
         self.lamb2 = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Zero both weights, where FeatScale is the identity (timm calls this for models built on the meta device)."""
+        """Sets both weights to zero: FeatScale is the identity (timm calls this for models from the meta device)."""
         nn.init.zeros_(self.lamb1)
         nn.init.zeros_(self.lamb2)
 
@@ -192,7 +192,7 @@ class FeatScaleLayerScaleBlock(LayerScaleBlock):
         self, dim: int, *args, gain: float = CAIT_GAIN, attn_block=TalkingHeadAttn, device=None, dtype=None, **kwargs
     ) -> None:
         if attn_block is TalkingHeadAttn:
-            attn_block = FusedTalkingHeadAttn  # the same layer, faster, which hands out its projection
+            attn_block = FusedTalkingHeadAttn  # the same layer, faster and in two halves
         super().__init__(dim, *args, attn_block=attn_block, device=device, dtype=dtype, **kwargs)
         self.fused_attn = use_fused_attn()
         self.gain = gain
@@ -239,7 +239,7 @@ class FeatScaleSwinBlock(SwinTransformerBlock):
         self.lamb2 = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """timm's start values, and zero both weights (timm's constructor calls this before there are any)."""
+        """Start values of timm, and zero for both weights (timm's constructor calls this before they exist)."""
         super().reset_parameters()
         if hasattr(self, "lamb1"):
             nn.init.zeros_(self.lamb1)
@@ -248,7 +248,7 @@ class FeatScaleSwinBlock(SwinTransformerBlock):
     def _attn(self, x: Tensor) -> Tensor:
         """Normed tokens (B, height, width, C) -> attention with FeatScale, the same shape."""
         size = x.shape[1:3]
-        # Padding would be part of the windows' means.
+        # With padding, the windows' means would include padded tokens.
         padded = any(length % window for length, window in zip(size, self.window_size, strict=True))
         fold = None if padded else folded(self)
         if fold is not None:
@@ -262,13 +262,13 @@ class FeatScaleSwinBlock(SwinTransformerBlock):
         return _foldable(self, self.folds, windows=True)
 
     def _folded(self, fold: Fold, x: Tensor, size: Sequence[int]) -> Tensor:
-        """The same with one projection: the mean over all windows is known before they are merged."""
+        """``_attn`` with one projection: the mean over all windows is known before they are merged."""
         batch, shift, dims = x.shape[0], self.shift_size, (1, 2)  # len(x) would fix it in an exported graph
         if any(shift):
             x = x.roll((-shift[0], -shift[1]), dims)
         mask = self.get_attn_mask(x) if self.dynamic_mask else self.attn_mask
         y, means = self.attn.unprojected(window_partition(x, self.window_size).flatten(1, 2), mask)
-        of_image = y.unflatten(0, (batch, -1)).mean(dim=(1, 2))  # the windows of an image are of one size
+        of_image = y.unflatten(0, (batch, -1)).mean(dim=(1, 2))  # all windows have the same size
         each = y.shape[0] // batch
         if means is None:
             means = of_image.repeat_interleave(each, dim=0)
@@ -282,7 +282,7 @@ class FeatScaleSwinBlock(SwinTransformerBlock):
 @register_remedy
 @dataclass(frozen=True, kw_only=True)
 class FeatScale(BranchRemedy):
-    """``y + gain (lamb1 DC[y] + lamb2 HC[y])`` on the attention branch, both vectors over the channels, from zero.
+    """``y + gain (lamb1 DC[y] + lamb2 HC[y])`` on the attention branch; both are vectors over channels, from zero.
 
     ``gain`` is 2 on timm's ``VisionTransformer``, as in the published weights, and 1, the paper's equation, elsewhere.
     """
@@ -296,7 +296,7 @@ class FeatScale(BranchRemedy):
         LayerScaleBlock: FeatScaleLayerScaleBlock,
         SwinTransformerBlock: FeatScaleSwinBlock,
     }
-    # The same attention layers, which hand out their projection to these blocks.
+    # timm's attention layer -> the same layer in two halves, so that these blocks can fold into its projection.
     native_attention: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {
         Attention: FoldedAttention,
         TalkingHeadAttn: FusedTalkingHeadAttn,
@@ -308,13 +308,13 @@ class FeatScale(BranchRemedy):
     lamb2: float = 0.0
 
     def for_model(self, model: nn.Module) -> "FeatScale":
-        """With the gain of the model's family, unless one was chosen."""
+        """Fills in the gain of the model's family, unless one was given."""
         if self.gain is not None:
             return self
         return dataclasses.replace(self, gain=DEIT_GAIN if isinstance(model, VisionTransformer) else 1.0)
 
     def objection(self, model: nn.Module, layers: list[Layer]) -> str | None:
-        """Where windows are merged together with the residual sum."""
+        """Refuses blocks that merge their windows together with the residual sum."""
         if any(layer.kind.branch(layer.attn, layer.block) is None for layer in layers):
             return "its blocks have no method that returns the attention branch for all tokens of an image"
         return None

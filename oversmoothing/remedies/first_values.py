@@ -1,4 +1,4 @@
-"""The first layer's values, handed on to the later layers of the same forward pass."""
+"""Passes the first layer's values to the later layers of the same forward pass."""
 
 import threading
 import weakref
@@ -10,30 +10,31 @@ from torch import Tensor
 
 
 class FirstValues:
-    """One for all converted layers of a model: the first one puts its values here, the others get them.
+    """Shared by all converted layers of a model: the first one puts its values here, the others read them.
 
     It is no module and holds no parameters; copies and pickles of it are empty. The values keep their graph, so
-    gradients reach the first layer. With gradient checkpointing backward runs the later layers again, and they need the
-    values of their own forward pass: with two passes waiting for backward, or with reentrant checkpointing, which cuts
-    the graph, they would get others, so both are refused.
+    gradients reach the first layer. With gradient checkpointing, backward runs the later layers again, and they need
+    the values of their own forward pass. They would get wrong ones with two passes waiting for backward, and with
+    reentrant checkpointing, which cuts the graph; both are refused.
 
-    Threads that run the model at the same time, as ``DataParallel``'s do, each get their own. Compilers know no
-    threads, and backward may run the layers again in another one: there the last forward pass counts.
+    Threads that run the model at the same time, as those of ``DataParallel`` do, each get their own values. Compiled
+    code does not distinguish threads, and backward may run the layers again in another thread: in both cases the values
+    are those of the last forward pass.
 
     Args:
-        last_index: The layer after which nobody asks for the values.
+        last_index: Index of the last layer that reads the values.
     """
 
     def __init__(self, last_index: int) -> None:
         self.last_index = last_index
-        self.v: Tensor | None = None  # of the last forward pass
-        self.own = threading.local()  # with ``v``, of this thread's
+        self.v: Tensor | None = None  # of the last forward pass of any thread
+        self.own = threading.local()  # holds ``v`` of this thread's last forward pass
         self.compiled = False  # whether the last ``put`` was compiled
         self.with_grad = False
-        self.waiting: weakref.WeakSet[_Pass] = weakref.WeakSet()  # passes whose backward has not come here yet
+        self.waiting: weakref.WeakSet[_Pass] = weakref.WeakSet()  # passes whose backward is yet to come here
 
     def exchange(self, index: int, v: Tensor) -> Tensor:
-        """The first layer's values, (B, H, N, D); called by every layer with its own."""
+        """Every layer calls this with its own values, (B, H, N, D); returns the first layer's."""
         if index == 0:
             self.put(v)
             return v
@@ -53,10 +54,10 @@ class FirstValues:
             v.register_hook(partial(_reached, self.waiting, this_pass))
 
     def get(self, index: int, shape: torch.Size) -> Tensor:
-        """The first layer's values, for a layer whose own have this shape.
+        """The first layer's values, for a layer whose own values have this shape.
 
         Raises:
-            RuntimeError: If they are not those of this forward pass.
+            RuntimeError: If they are not from this forward pass.
         """
         v = self.v
         if not torch.compiler.is_compiling():
@@ -102,4 +103,4 @@ def _reached(waiting: "weakref.WeakSet[_Pass]", this_pass: _Pass, grad: Tensor) 
 
 
 def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks it
+    return torch._C._current_graph_task_id() != -1  # the test of torch.utils.checkpoint

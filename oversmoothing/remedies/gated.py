@@ -1,4 +1,4 @@
-"""Gated attention: a sigmoid gate, computed from the layer's input, on what the heads return."""
+"""Gated attention: a sigmoid gate on the heads' outputs, computed from the layer's input."""
 
 from dataclasses import dataclass
 
@@ -14,11 +14,11 @@ from .base import AttentionRemedy, Layer, LayerShape, Operator, register_remedy
 @register_remedy
 @dataclass(frozen=True, kw_only=True)
 class Gated(AttentionRemedy):
-    """``y * gain sigmoid(W x + b)`` with ``x`` the layer's input (after the norm), a gate a channel or a head.
+    """``y * gain sigmoid(W x + b)`` with ``x`` the layer's input (after the norm); one gate per channel or per head.
 
-    The authors have ``gain = 1`` and start ``W`` normal with ``std = 0.02``, so that every gate starts at one half;
-    their gate's rows are interleaved with those of the query projection, and its bias exists with that projection's.
-    Here ``gain = 2`` and ``W = 0``, where the layer is as it was.
+    The authors have ``gain = 1`` and start ``W`` normal with ``std = 0.02``, so that every gate starts near one half.
+    They interleave the gate's rows with those of the query projection; the gate has a bias if that projection has one.
+    Here ``gain = 2`` and ``W`` starts at zero, which leaves the layer unchanged.
     """
 
     name = "gated"
@@ -32,7 +32,7 @@ class Gated(AttentionRemedy):
     std: float = 0.0
 
     def objection(self, model: nn.Module, layers: list[Layer]) -> str | None:
-        """Where a token of the input cannot be told from a token of the heads."""
+        """Refuses layers whose input tokens do not correspond to the tokens of the heads."""
         if any(isinstance(layer.kind, HieraKind | TwinsWindowKind) or not layer.kind.channels_last for layer in layers):
             return "the tokens of its heads are not in the order of its input, from which the gate is computed"
         return super().objection(model, layers)

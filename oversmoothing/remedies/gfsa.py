@@ -11,7 +11,7 @@ from .base import AttentionRemedy, Operator, register_remedy
 @register_remedy
 @dataclass(frozen=True, kw_only=True)
 class GFSA(AttentionRemedy):
-    """``A + beta (A + (K - 1)(A^2 - A))`` in place of ``A``, ``beta`` one a head from zero.
+    """``A + beta (A + (K - 1)(A^2 - A))`` in place of ``A``; one ``beta`` per head, from zero.
 
     ``A^K`` is replaced by its first-order form, so ``K`` is only a factor: no power above the second is formed. The
     authors' vision code fixes the weight of ``A`` at 1 and of ``I`` at 0 (their language code has a fixed weight of
@@ -29,7 +29,7 @@ class GFSA(AttentionRemedy):
     beta: float = 0.0
 
     def wrap(self, attn: nn.Module, apply: Operator, heads: Heads) -> Operator:
-        """Two applications; ``y (1 + beta (2 - K)) + beta (K - 1) A y``, the same with fewer passes."""
+        """Two applications, in the form with the fewest passes: ``y (1 + beta (2 - K)) + beta (K - 1) A y``."""
         (beta,) = self.weights(attn, heads.v)
         own, again = 1 + beta * (2 - self.K), beta * (self.K - 1)
 

@@ -1,4 +1,4 @@
-"""NeuTRENO: a pull of each layer's output back to the first layer's values."""
+"""NeuTRENO: pulls the output of each layer towards the first layer's values."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ from .base import AttentionRemedy, Operator, register_remedy
 @register_remedy
 @dataclass(frozen=True, kw_only=True)
 class Neutreno(AttentionRemedy):
-    """``y + alpha (v0 - v)`` in every layer but the first, ``v0`` being the first layer's values, not detached.
+    """``y + alpha (v0 - v)`` in every layer but the first, with ``v0`` the first layer's values, not detached.
 
     The authors' ``alpha`` is one fixed number, 0.6 (DeiT-Ti, segmentation) or 0.4 (language). Here it is learnable, one
-    a head, from zero, where the layer is as it was; ``alpha=0.6, learnable=False`` is theirs.
+    per head, and starts at zero, which leaves the layer unchanged; ``alpha=0.6, learnable=False`` is their method.
     """
 
     name = "neutreno"

@@ -13,9 +13,10 @@ from .base import AttentionRemedy, LayerShape, register_remedy
 class Reattention(AttentionRemedy):
     """``BatchNorm(mix(A)) t`` in place of ``A``: a 1x1 convolution over the heads, then batch norm of each head's map.
 
-    It has no identity start: the convolution starts as torch starts one. It needs every map as a tensor, and in
-    training the batch statistics of all of them. ``t`` is 1, or ``D^-1/2`` with ``transform_scale`` (the authors' S
-    models). The paper names layer norm or batch norm; the code always has batch norm. Dropout falls on the softmax.
+    It does not start as the identity: the convolution has torch's default initialisation. It needs every map as a
+    tensor, and in training the batch statistics of all maps. ``t`` is 1, or ``D^-1/2`` with ``transform_scale`` (the
+    authors' S models). The paper names layer norm or batch norm; the code always uses batch norm. Dropout falls on the
+    softmax.
     """
 
     name = "reattention"

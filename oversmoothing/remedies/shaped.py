@@ -12,11 +12,11 @@ from .base import AttentionRemedy, Operator, register_remedy, uniform_map
 @register_remedy
 @dataclass(frozen=True, kw_only=True)
 class Shaped(AttentionRemedy):
-    """``alpha v + beta y - gamma m``, each weight one a head; ``m`` is what attention gives at logits of zero.
+    """``alpha v + beta y - gamma m``, each weight one per head; ``m`` is the output of attention with all scores zero.
 
-    As a remedy it starts at (0, 1, 0), where the layer is as it was. The published form starts at (1, 1, 1) with the
-    query projection at zero, so that the map starts as the identity, in blocks without skip connection; the authors run
-    it causally only, where ``m`` is the running mean. AttnScale is the case ``alpha = 0``, ``beta - gamma = 1``.
+    As a remedy it starts at (0, 1, 0), which leaves the layer unchanged. The published form starts at (1, 1, 1) with
+    the query projection at zero, so the map starts as the identity, in blocks without skip connection. The authors use
+    causal attention only, where ``m`` is the running mean. AttnScale is the case ``alpha = 0``, ``beta - gamma = 1``.
     """
 
     name = "shaped"

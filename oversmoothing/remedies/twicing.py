@@ -1,4 +1,4 @@
-"""Twicing attention: attention once more to the residual that it left."""
+"""Twicing attention: attention is applied again to the residual between the values and its output."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ from .base import AttentionRemedy, Operator, register_remedy
 class Twicing(AttentionRemedy):
     """``y + gamma (y - A y)``; with ``gamma = 1`` the map ``2 A - A^2``.
 
-    The authors have no parameter, ``gamma = 1`` in all layers (language: in the last ones only), which is no identity
-    at the start. Here ``gamma`` is learnable, one a head, from zero; ``gamma=1, learnable=False`` is theirs. One
-    dropout mask on the softmax serves both products.
+    The authors have no parameter: ``gamma = 1`` in all layers (language: in the last ones only), so the start is not
+    the identity. Here ``gamma`` is learnable, one per head, from zero; ``gamma=1, learnable=False`` is their method.
+    Both products use the same dropout mask on the softmax.
     """
 
     name = "twicing"

@@ -1,4 +1,4 @@
-"""Value residual (ResFormer): every layer attends to a mixture of its own and the first layer's values."""
+"""Value residual (ResFormer): every layer attends to a mixture of its own values and the first layer's."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ from .base import AttentionRemedy, Operator, register_remedy
 @register_remedy
 @dataclass(frozen=True, kw_only=True)
 class ValueResidual(AttentionRemedy):
-    """``A (a v + b v0)`` in every layer but the first, ``v0`` being the first layer's values, not detached.
+    """``A (a v + b v0)`` in every layer but the first, with ``v0`` the first layer's values, not detached.
 
-    The authors' code fixes both weights at 0.5 (language models). Here they are learnable, one a head, from (1, 0),
-    where the layer is as it was. ``["neutreno", "value_residual"]`` is their combination of the two: the difference
-    ``v0 - v`` is then taken after the mixing.
+    The authors' code fixes both weights at 0.5 (language models). Here they are learnable, one per head, and start at
+    (1, 0), which leaves the layer unchanged. ``["neutreno", "value_residual"]`` is the authors' combination of the two:
+    the difference ``v0 - v`` is then taken after the mixing.
     """
 
     name = "value_residual"

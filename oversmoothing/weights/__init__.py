@@ -1,4 +1,4 @@
-"""Weights from anywhere into a model: any address to a file, any file to tensors, every key accounted for."""
+"""Loads weights from anywhere: from an address to a file, to tensors, to a model, with every key checked."""
 
 from .load import load_weights, number_of_classes, problems
 from .model import ModelError, check_model_name, create_model, model_from_checkpoint, published_model, trained_with

@@ -2,8 +2,8 @@
 
     hf-hub:owner/name[@revision][/file]
 
-What was downloaded is kept and found again: URLs below ``torch.hub.get_dir()``, files of the Hub in the Hub's own cache
-(``HF_HOME``), from which they come without a network too (``HF_HUB_OFFLINE=1``).
+Downloads are cached: URLs below ``torch.hub.get_dir()``, files of the Hub in the Hub's own cache (``HF_HOME``), which
+works without a network too (``HF_HUB_OFFLINE=1``).
 """
 
 import contextlib
@@ -37,30 +37,31 @@ HUB = "hf-hub:"  # timm's prefix
 HUB_ADDRESS = re.compile(
     HUB + r"(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(?P<file>.*[^/]))?"
 )
-# What a Hub address without a file means: the first of these, else the only file with such an ending.
+# A Hub address without a file means the first of these files, else the only file with one of these endings.
 USUAL_FILES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth", "best_checkpoint.pth")
 WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar")
-TIMEOUT_S = 60  # without a byte from a server
+TIMEOUT_S = 60  # seconds without a byte from a server
 ANOTHER_WAY = "or download the file by other means and pass its path"
 
 
 class FetchError(Exception):
-    """An address that leads to no file; the message names it, the cause and the way out."""
+    """No file could be got from an address; the message names the address, the cause and the way out."""
 
 
 def local_file(address: str | Path, cache_dir: str | Path | None = None) -> Path:
-    """Where the file of ``address`` lies on this machine, after a download if it was not here yet.
+    """Local path of the file at ``address``, downloaded if it is not cached.
 
-    A file of the Hub's large-file storage, as weights are, is compared each time with the SHA-256 that the Hub gives
-    for it: the Hub's own library compares sizes only.
+    Files in the Hub's large-file storage, such as weights, are compared each time with the SHA-256 that the Hub gives
+    for them: the Hub's own library compares sizes only.
 
     Args:
-        address: A path (returned as it is, there or not), a URL, or ``hf-hub:owner/name[@revision][/file]``. Without a
-            file: the first of `USUAL_FILES`, else the only file of weights there.
-        cache_dir: Of files from the Hub; None: the Hub's own.
+        address: A path (returned as it is, whether it exists or not), a URL, or
+            ``hf-hub:owner/name[@revision][/file]``. Without a file: the first of `USUAL_FILES`, else the only file of
+            weights in the repository.
+        cache_dir: Cache for files from the Hub; None: the Hub's own.
 
     Raises:
-        FetchError: Nothing there, several files to choose from, no access, no network, or a download that went wrong.
+        FetchError: No such file, several files to choose from, no access, no network, or a failed download.
     """
     if str(address).startswith(("http://", "https://")):
         return _from_url(str(address))
@@ -70,7 +71,7 @@ def local_file(address: str | Path, cache_dir: str | Path | None = None) -> Path
 
 
 def forget(address: str | Path, path: Path) -> None:
-    """Removes the download of a URL that turned out to be no checkpoint; else every later run would find it again.
+    """Removes a URL's download that is not a valid checkpoint; otherwise later runs would find it in the cache.
 
     Files of the Hub stay: they are what was published, and other programs share that cache.
     """
@@ -79,10 +80,11 @@ def forget(address: str | Path, path: Path) -> None:
 
 
 def _from_url(url: str) -> Path:
-    """The download of a URL, compared with its SHA-256 each time: a file kept for months may have lost a bit.
+    """The download of a URL, compared with its SHA-256 each time: a bit in a cached file may have flipped.
 
-    Names that hold the beginning of it, as deit_small_patch16_224-cd65a155.pth, are kept as they are, where torch.hub
-    keeps them; others, many of which are called checkpoint.pth, under their URL, with all of it before the name.
+    A file whose name holds the beginning of its SHA-256, as deit_small_patch16_224-cd65a155.pth, keeps its name and
+    lies where torch.hub puts it. Other names, such as checkpoint.pth, are not unique: these files lie in a folder named
+    by the hash of the URL, with the whole SHA-256 of the content before the name.
     """
     name = Path(urlparse(url).path).name[-100:] or "checkpoint"
     folder = Path(torch.hub.get_dir()) / "checkpoints"
@@ -168,7 +170,7 @@ def _is_weights(name: str) -> bool:
 
 
 def _files(repository: str, revision: str | None, cache_dir: str | Path | None) -> list[str]:
-    """Names of a repository's files; where the Hub cannot be asked, of those that are in the cache."""
+    """Names of a repository's files; if the Hub cannot be reached, of its files in the cache."""
     try:
         info = HfApi().model_info(repository, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         return [entry.rfilename for entry in info.siblings or []]
@@ -197,7 +199,10 @@ def _cached_files(repository: str, revision: str, cache_dir: str | Path | None) 
 
 
 def _check_digest(address: str, path: Path) -> None:
-    """The cache names a large file by its SHA-256: ``snapshots/<commit>/<file>`` links to ``blobs/<SHA-256>``."""
+    """Compares a large file with its SHA-256, the name of its blob in the cache.
+
+    There ``snapshots/<commit>/<file>`` links to ``blobs/<SHA-256>``.
+    """
     digest = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
     if not re.fullmatch("[0-9a-f]{64}", digest):
         return
@@ -212,7 +217,7 @@ def _check_digest(address: str, path: Path) -> None:
 
 @contextlib.contextmanager
 def _explained(address: str) -> Iterator[None]:
-    """Turns what the Hub's library raises into one sentence."""
+    """Turns errors of the Hub's library into a FetchError of one sentence."""
     try:
         yield
     except GatedRepoError as error:
@@ -237,6 +242,6 @@ def _explained(address: str) -> Iterator[None]:
 
 
 def _brief(error: BaseException) -> str:
-    """An error in one line."""
+    """Describes an error in one line."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text[:200].splitlines()[0]}" if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""Weights into models: a state dict is fitted, and every name of it and of the model is accounted for."""
+"""Loads state dicts into models: adapts them if asked, and checks every name of the file and of the model."""
 
 import logging
 import math
@@ -14,8 +14,8 @@ from .read import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-CLASSIFIERS = ("head", "head.fc", "fc", "classifier")  # as timm's models name them; Swin's is head.fc
-TABLE = "relative_position_bias_table"  # Swin's and its heirs'
+CLASSIFIERS = ("head", "head.fc", "fc", "classifier")  # timm's names of the classifier; Swin's is head.fc
+TABLE = "relative_position_bias_table"  # of Swin and its descendants
 
 
 def load_weights(
@@ -26,15 +26,15 @@ def load_weights(
     may_be_missing: Callable[[str], bool] = lambda name: False,
     finetune: bool = False,
 ) -> list[str]:
-    """Loads weights and accounts for every name: strictly, but for the exceptions named here, in one log line.
+    """Loads weights strictly, except for the cases named here, and logs in one line what was loaded.
 
-    Files of Swin's own code are taken under timm's names: see :func:`timm_names`.
+    Tensors from Swin's own code are renamed to timm's names: see :func:`timm_names`.
 
     Args:
         model: The bare model; unchanged if this raises.
         state_dict: ``read_checkpoint(...)["model"]``.
         source: Where it came from, for messages.
-        may_be_missing: Says of a parameter's name whether it may keep its initial value (the remedies' ``lamb*``).
+        may_be_missing: Whether the parameter of this name may keep its initial value (the remedies' ``lamb*``).
         finetune: As DeiT's fine-tuning does, leave out a classifier with another number of classes, interpolate
             ``pos_embed`` to the model's grid and Swin's tables of relative positions to its windows, and leave out the
             distillation token and head if the model has none.
@@ -43,7 +43,7 @@ def load_weights(
         Names that kept their initial values.
 
     Raises:
-        CheckpointError: With the names that are missing, unexpected or of another shape.
+        CheckpointError: With the names that are missing, unexpected, of another shape or of another type.
     """
     wanted = model.state_dict()
     state_dict, renamed = timm_names(wanted, state_dict)
@@ -70,7 +70,7 @@ def problems(
     fresh: Collection[str] = (),
     may_be_missing: Callable[[str], bool] = lambda name: False,
 ) -> list[str]:
-    """What is wrong with ``given`` as the state dict ``wanted``: one phrase for each kind of fault."""
+    """Differences of the state dict ``given`` from ``wanted``: one phrase for each kind of fault."""
 
     def kind(tensor: Tensor) -> tuple[bool, bool]:
         return tensor.is_floating_point(), tensor.is_complex()
@@ -99,7 +99,7 @@ def problems(
 def _adapt(
     model: nn.Module, wanted: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], set[str], list[str]]:
-    """Fits a state dict to a model with other classes, another grid or no distillation token.
+    """Adapts a state dict to a model with other classes, another grid, other windows or no distillation token.
 
     Returns:
         The new state dict, the classifier names that stay at their initial values, and a note on each change.
@@ -142,7 +142,7 @@ def _adapt(
 
 
 def _resized_tables(model: nn.Module, wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those tables of relative positions that are of other square windows, for the model's."""
+    """Tables of relative positions from square windows of another size, interpolated to the model's windows."""
     resized = {}
     for name in (name for name in wanted if name.endswith(TABLE) and name in given):
         old, new = given[name], wanted[name]
@@ -154,12 +154,12 @@ def _resized_tables(model: nn.Module, wanted: Mapping[str, Tensor], given: Mappi
 
 
 def _summary(names: list[str]) -> str:
-    """``blocks.*.attn.lamb (12)`` for the twelve names that differ in the number only."""
+    """``blocks.*.attn.lamb (12)`` for twelve names that differ in their number only."""
     patterns = [re.sub(r"\.\d+\.", ".*.", name) for name in names]
     return ", ".join(f"{pattern} ({patterns.count(pattern)})" for pattern in dict.fromkeys(patterns))
 
 
 def number_of_classes(state_dict: Mapping[str, Tensor]) -> int | None:
-    """Classes of a state dict's classifier (rows of its weight), None without one."""
+    """Number of classes of a state dict's classifier (rows of its weight); None without a classifier."""
     weights = (state_dict.get(f"{name}.weight") for name in CLASSIFIERS)
     return next((len(weight) for weight in weights if weight is not None and weight.dim()), None)

@@ -1,4 +1,4 @@
-"""Models by name and from checkpoints: one place that builds them, and one that says what a file may decide."""
+"""Models by name and from checkpoints: how they are built, and what a checkpoint may decide about its model."""
 
 import inspect
 import json
@@ -18,7 +18,7 @@ from . import fetch
 from .load import load_weights, number_of_classes, problems
 from .read import CheckpointError, read_checkpoint
 
-# What timm's builders take for themselves: addresses to download from, files to open, wrappers around the model.
+# Arguments of timm's builders, not of models: addresses to download from, files to open, wrappers around the model.
 BUILDER_ARGUMENTS = {
     name
     for builder in (timm.create_model, build_model_with_cfg)
@@ -27,7 +27,7 @@ BUILDER_ARGUMENTS = {
 } | {"features_only", "pretrained_custom_load", "feature_cls", "out_indices"}
 
 
-MAX_NUMBER = 10_000  # of a file's arguments: layers, channels, pixels
+MAX_NUMBER = 10_000  # largest number in a file's arguments: layers, channels, pixels
 
 
 class ModelError(ValueError):
@@ -38,7 +38,7 @@ def check_model_name(name: str, flag: str = "--model") -> None:
     """Refuses a model that timm does not know, before anything is read.
 
     Raises:
-        ModelError: With the names that come near.
+        ModelError: With the most similar names.
     """
     if not timm.is_model(name):
         near = ", ".join(get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)) or "none"
@@ -61,7 +61,7 @@ def create_model(
         num_classes: Classes of the head; None: the model's own.
         input_size: Side of the images in pixels; None: the model's own.
         pretrained: Whether to load the published weights.
-        model_kwargs: Constructor arguments; they go before the others.
+        model_kwargs: Constructor arguments; they win over the arguments above.
         remedies: Names and options for ``add_remedy``; empty or None: the model as it is.
 
     Raises:
@@ -103,10 +103,10 @@ def model_from_checkpoint(
     model_kwargs: Mapping[str, Any] | None = None,
     remedies: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> nn.Module:
-    """The model of a checkpoint with its weights, every key accounted for; arguments win over what the file says.
+    """Builds the model of a checkpoint and loads its weights strictly; arguments win over what the file says.
 
-    A file decides by plain values alone: its model's name, image size, constructor arguments and remedies. Nothing that
-    it says is opened, downloaded or called.
+    A file decides only by plain values: its model's name, image size, constructor arguments and remedies. None of them
+    can make this function open, download or call anything.
 
     Args:
         checkpoint: From ``read_checkpoint``.
@@ -115,11 +115,11 @@ def model_from_checkpoint(
         weights: ``model``, or ``model_ema`` for the weights' EMA.
         num_classes: None: counted from the head's weights.
         input_size: Side of the images in pixels; None: as the file says, else the model's own.
-        model_kwargs: Constructor arguments beside those of the file.
-        remedies: As of :func:`create_model`; None: as the file says.
+        model_kwargs: Constructor arguments in addition to the file's; they win.
+        remedies: As in :func:`create_model`; None: as the file says.
 
     Raises:
-        CheckpointError: If the file has no such weights, does not say its model, or the weights are not those of it.
+        CheckpointError: If the file has no such weights or does not say its model, or the weights do not fit the model.
         ModelError: If the model cannot be built.
     """
     trained = trained_with(checkpoint)
@@ -142,14 +142,14 @@ def model_from_checkpoint(
         model = build()
         load_weights(model, state_dict, source=source)
     except CheckpointError as error:
-        fault = str(error).rpartition(": ")[0]  # without the way out, which is main.py's
+        fault = str(error).rpartition(": ")[0]  # without the way out, which is for main.py
         flags = "--model, --model-kwargs, --num-classes and --input-size"
         raise CheckpointError(f"{fault}: {flags} must say what was trained; main.py --finetune adapts") from error
     return model
 
 
 def _check_sketch(build: Callable[[], nn.Module], state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Compares weights with a model that has none yet: a file may describe a model larger than this machine.
+    """Compares weights with a model on the meta device: a file may describe a model larger than this machine's memory.
 
     Raises:
         CheckpointError: If they do not fit.
@@ -157,20 +157,20 @@ def _check_sketch(build: Callable[[], nn.Module], state_dict: Mapping[str, Tenso
     try:
         with torch.device("meta"):
             wanted = build().state_dict()
-    except ModelError:  # some models of timm compute while they are built
+    except ModelError:  # some models of timm cannot be built on the meta device
         return
     if found := problems(wanted, state_dict):
         raise CheckpointError(f"{source}: does not fit the model; {'; '.join(found)}: is it of another model?")
 
 
 def published_model(address: str) -> nn.Module:
-    """A model with remedies that ``scripts/push_to_hub.py`` published; timm's ``create_model`` knows none of them.
+    """A model with remedies that ``scripts/push_to_hub.py`` published; timm's ``create_model`` does not know remedies.
 
     Args:
-        address: ``hf-hub:owner/name``, or a local folder of config.json and model.safetensors.
+        address: ``hf-hub:owner/name``, or a local folder with config.json and model.safetensors.
 
     Raises:
-        CheckpointError: If the files are not there, or not those of one model.
+        CheckpointError: If a file is missing, or the weights do not fit the configuration.
         ModelError: If the model cannot be built.
     """
     try:
@@ -187,11 +187,11 @@ def published_model(address: str) -> nn.Module:
 
 
 def trained_with(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's ``args`` may decide about its model: plain values, and none of a builder's own arguments.
+    """What a checkpoint's ``args`` may decide about its model: plain values, and no arguments of timm's builders.
 
     Returns:
         ``model`` (a str), ``input_size`` (an int), ``model_kwargs`` (a dict) and ``remedy`` (names with their options,
-        from ``remedies_of``), each where the file has it.
+        from ``remedies_of``), each only if the file has it.
     """
     args = checkpoint.get("args")
     args = args if isinstance(args, Mapping) else {}

@@ -1,16 +1,16 @@
-"""Names that other codes give to the tensors of a model, and timm's names for them."""
+"""Translates parameter names of other codebases to timm's names."""
 
 import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
-# What Swin's code saves and timm's computes: constants of the window, its shift and the image size.
+# Constants of the window, its shift and the image size, which Swin's code saves and timm computes.
 SWIN_BUFFERS = ("relative_position_index", "attn_mask")
 
 
 def timm_names(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """A state dict of Swin's own code, under timm's names; any other as it is.
+    """Renames a state dict of Swin's own code to timm's names; returns any other unchanged.
 
     ==============================  ==================================  =========================================
     Swin's code                     timm
@@ -26,7 +26,7 @@ def timm_names(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tup
         given: State dict of a file.
 
     Returns:
-        The state dict, and a note on what was done.
+        The state dict, and a list with a note on what was done, empty if it is unchanged.
     """
     first = "layers.0.downsample.reduction.weight"  # only Swin's code has this name: timm's first stage has none
     if first in wanted or first not in given:

@@ -1,8 +1,8 @@
 """Reads any checkpoint file, weights-only: no code in a file ever runs.
 
 A checkpoint of this repository is a plain dict with DeiT's keys, saved by ``torch.save``. Its zip archive's comment is
-``sha256=<64 hex digits>`` over all bytes before the digits: one flipped bit or a missing tail is noticed before
-anything is parsed.
+``sha256=<64 hex digits>`` over all bytes before the digits: a flipped bit or a missing end is noticed before anything
+is parsed.
 """
 
 import argparse
@@ -43,21 +43,21 @@ class CheckpointError(ValueError):
 def read_checkpoint(source: str | Path, cache_dir: str | Path | None = None) -> dict[str, Any]:
     """Reads any checkpoint file, weights-only: nothing in it is executed.
 
-    Accepted are ``torch.save`` files (zip or the older format) and safetensors, told apart by content, holding a bare
-    state dict, ``{"model": ...}``, ``{"state_dict": ...}`` or only the EMA's weights (``model_ema``,
+    It accepts ``torch.save`` files (zip or the older format) and safetensors, recognised by their content. They may
+    hold a bare state dict, ``{"model": ...}``, ``{"state_dict": ...}`` or only the EMA's weights (``model_ema``,
     ``state_dict_ema``); ``args`` may be a Namespace, as DeiT saves it. Our own files need their digest, other zip files
-    are checked by their records' CRC. Bits flipped in the tensors of the two remaining formats cannot be noticed.
+    are checked by their records' CRC. In the older format and in safetensors, bits flipped in tensors go unnoticed.
 
     Args:
         source: A path, an http(s) URL or ``hf-hub:owner/name[@revision][/file]``; see `fetch.local_file`.
-        cache_dir: Of files from the Hub; None: the Hub's own.
+        cache_dir: Cache for files from the Hub; None: the Hub's own.
 
     Returns:
         All entries of the file; ``model`` (and ``model_ema``, if there) is a state dict without wrapper prefixes,
         ``args`` a dict. Tensors are on the CPU.
 
     Raises:
-        CheckpointError: Nothing there, damaged, another kind of file, refused, or without a state dict.
+        CheckpointError: If the file is missing, damaged, of another kind, refused, or has no state dict.
     """
     try:
         path = fetch.local_file(source, cache_dir)
@@ -71,9 +71,9 @@ def read_checkpoint(source: str | Path, cache_dir: str | Path | None = None) -> 
 
 
 def read_file(path: Path, source: str, own: bool = False) -> dict[str, Any]:
-    """``own``: the file must carry our digest, as every file that auto-reload may take."""
+    """As ``read_checkpoint``, for a local file. With ``own`` it must carry our digest, as auto-reload demands."""
     try:
-        # Opening a FIFO waits for whoever writes into it: O_NONBLOCK does not.
+        # Without O_NONBLOCK, opening a FIFO waits for a writer.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise CheckpointError(f"{source}: is a FIFO, device or socket, no file: check the path")
@@ -90,7 +90,7 @@ def _load(file: BinaryIO, source: str, own: bool) -> Any:
     head, size = file.read(512), os.fstat(file.fileno()).st_size
     again = "copy or download it again"
     is_zip = head.startswith(ZIP_START)
-    is_safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000  # its own header limit
+    is_safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000  # the format's limit
     if not is_zip and not is_safetensors and not head.startswith(b"\x80"):
         found = next((kind for start, kind in OTHER_FORMATS.items() if head.startswith(start)), None)
         found = found or ("empty" if not head else "a text file" if b"\0" not in head and head.isascii() else "unknown")
@@ -111,7 +111,7 @@ def _load(file: BinaryIO, source: str, own: bool) -> Any:
             f"{source}: refused, it asks for the Python object {error}; nothing in it was executed: "
             "ask its author for a file of dense tensors only (a state dict or .safetensors)"
         ) from error
-    except Exception as error:  # on foreign data the parsers fail in any way, up to KeyError and MemoryError
+    except Exception as error:  # on foreign data the parsers raise anything, up to KeyError and MemoryError
         raise CheckpointError(
             f"{source}: cannot be read as a checkpoint, truncated or damaged ({first_line(error)}): {again}"
         ) from error
@@ -127,7 +127,7 @@ def _stored_digest(file: BinaryIO, size: int) -> bytes | None:
 
 
 def _unpack(loaded: Any, source: str, own: bool) -> dict[str, Any]:
-    """Brings every accepted layout to one: ``model`` is the state dict, ``model_ema`` the EMA's if there is one."""
+    """Converts every accepted layout to one: ``model`` is the state dict, ``model_ema`` the EMA's if there is one."""
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{source}: holds a {type(loaded).__name__}, no state dict: pass a model's checkpoint")
     found = dict(loaded)
@@ -163,7 +163,7 @@ def _unpack(loaded: Any, source: str, own: bool) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line of plain characters."""
+    """Describes an error in one line of plain characters."""
     text = str(error).strip()
     return f"{type(error).__name__}: {ascii(text.splitlines()[0][:200])[1:-1]}" if text else type(error).__name__
 

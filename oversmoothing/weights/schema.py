@@ -1,4 +1,4 @@
-"""What each entry of a checkpoint has to be; checked once, after reading, so that what follows may rely on it."""
+"""What each entry of a checkpoint has to be; checked once, after reading, so that later code may rely on it."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ def is_state_dict(value: Any) -> bool:
 
 
 def faults(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The entries that are not what they should be, weights apart, as (name, what it should be).
+    """The invalid entries other than weights, as (name, what it should be).
 
     An entry that is absent or None is no fault.
     """
@@ -45,7 +45,7 @@ def _is_whole(low: int, high: int) -> Callable[[Any], bool]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON has the type; lists and dicts are of such."""
+    """Whether the value is of JSON's types; so must be the entries of lists and dicts."""
     if isinstance(value, dict):
         return all(isinstance(name, str) for name in value) and all(map(_is_plain, value.values()))
     if isinstance(value, list | tuple):
@@ -53,7 +53,7 @@ def _is_plain(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-# Arguments of the run that are used after reading, beside being printed and compared.
+# Arguments of the run that later code uses for more than printing and comparing.
 ARGUMENTS: dict[str, Callable[[Any], bool]] = {
     "model": _is_name,
     "data_set": _is_name,
@@ -76,7 +76,7 @@ def _are_accuracies(value: Any) -> bool:
 
 
 def _are_meters(value: Any) -> bool:
-    """Of each rank the sum and the number of samples by name."""
+    """For each rank, sum and number of samples by name."""
 
     def is_sum(entry: Any) -> bool:
         return isinstance(entry, list) and len(entry) == 2 and all(map(_is_number, entry)) and entry[1] >= 0
@@ -91,7 +91,7 @@ def _are_meters(value: Any) -> bool:
 
 
 def _is_scaler(value: Any) -> bool:
-    """State of ``torch.amp.GradScaler``; empty where it was switched off."""
+    """State of ``torch.amp.GradScaler``; empty if it was disabled."""
     ranges = {
         "scale": lambda v: _is_number(v) and 0 < v < 2**100,  # it is kept in float32
         "growth_factor": lambda v: _is_number(v) and 1 < v < 2**20,
@@ -126,7 +126,7 @@ def _is_data(value: Any) -> bool:
     return isinstance(value, dict) and _is_whole(0, 2**63)(value.get("images")) and _is_name(value.get("digest"))
 
 
-# An entry -> what tells a good one, and how to say so.
+# Entry -> the test of a valid one, and its description for messages.
 ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "format": (_is_whole(1, 2**31), "a whole number"),
     "epoch": (_is_whole(-1, MAX_EPOCH), f"a whole number from -1 to {MAX_EPOCH}"),

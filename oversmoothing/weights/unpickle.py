@@ -1,9 +1,9 @@
-"""Tensors and plain values from ``torch.save`` files: nothing is executed, nothing larger than the file is allocated.
+"""Reads tensors and plain values from ``torch.save`` files: executes nothing, and checks sizes before it allocates.
 
 torch's own weights-only reader executes nothing either, but it calls constructors with any argument: 200 bytes are
 enough for ``torch.Tensor(10**10)``, ``bytearray(10**10)`` or a tensor that is larger than its storage. Here a file may
-hold dense tensors, the types of JSON and a few containers, and every declared size is compared with what is there
-before memory is taken. Both layouts of ``torch.save`` are read: the zip archive, and the older sequence of pickles.
+hold dense tensors, the types of JSON and a few containers, and every declared size is compared with the file's content
+before memory is allocated. Both layouts of ``torch.save`` are read: the zip archive and the older sequence of pickles.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-MAX_PICKLE = 16 << 20  # bytes; a name, a shape and a place take about 300 for each tensor
+MAX_PICKLE = 16 << 20  # bytes; name, shape and position take about 300 per tensor
 MAX_DEPTH = 32  # of nested containers
 MAX_EXPANSION = 20  # of compressed records; torch.save does not compress at all
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -54,7 +54,7 @@ class Refused(Exception):
 
 
 class _Storage(NamedTuple):
-    """Named in the pickle, read after it. Immutable, as is `_Tensor`: a pickle can change its objects' attributes."""
+    """Named in the pickle, read after it. Immutable like `_Tensor`, since a pickle can change attributes of objects."""
 
     key: str
     dtype: torch.dtype
@@ -78,7 +78,7 @@ def load(file: BinaryIO) -> Any:
 
     Raises:
         Refused: If it asks for anything else.
-        Exception: Of many kinds, if it is damaged or declares sizes that it does not have.
+        Exception: Of many kinds, if it is damaged or declares sizes that do not fit its content.
     """
     length = os.fstat(file.fileno()).st_size
     file.seek(0)
@@ -155,8 +155,8 @@ def _tensor_of(buffer: bytearray) -> Tensor:
 
 def _unpickle(content: bytes) -> tuple[Any, dict[str, _Storage]]:
     """One pickle's object, its tensors still `_Tensor`, and the storages it names."""
-    for opcode, argument, _ in pickletools.genops(content):  # compares all lengths with what is there
-        if "PUT" in opcode.name and argument > len(content):  # Python's reader takes memory for all numbers below
+    for opcode, argument, _ in pickletools.genops(content):  # checks all lengths against the content
+        if "PUT" in opcode.name and argument > len(content):  # Python's reader allocates memory for all lower numbers
             raise ValueError("the pickle numbers more objects than it holds")
     unpickler = _Unpickler(io.BytesIO(content), encoding="utf-8")
     return unpickler.load(), unpickler.storages
@@ -185,7 +185,7 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-# What a pickle may ask for. Types of tensors and storages are values here, not constructors.
+# The names that a pickle may use. Types of tensors and storages are values here, not constructors.
 ALLOWED: dict[str, Any] = {
     **DTYPES,
     **{f"{module}.{name}": dtype for name, dtype in STORAGES.items() for module in ("torch", "torch.cuda")},
@@ -209,14 +209,14 @@ ALLOWED: dict[str, Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Python's reader with nothing but `ALLOWED` in reach."""
+    """Python's reader, restricted to the names in `ALLOWED`."""
 
     def __init__(self, file: BinaryIO, **kwargs: Any) -> None:
         super().__init__(file, **kwargs)
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in of a Python object."""
+        """The stand-in for a Python object."""
         try:
             return ALLOWED[f"{module.replace('__builtin__', 'builtins')}.{name}"]
         except KeyError:
@@ -254,7 +254,7 @@ def _children(value: Any) -> list:
 
 
 def _check(value: Any, budget: list[int], depth: int = 0) -> None:
-    """Refuses containers in themselves, and those that unfold to more than the file holds."""
+    """Refuses containers that hold themselves, and those that expand to more than the file holds."""
     budget[0] -= 1
     if budget[0] < 0 or depth > MAX_DEPTH:
         raise ValueError("its containers are nested too deeply")
@@ -271,7 +271,7 @@ def _check(value: Any, budget: list[int], depth: int = 0) -> None:
 
 
 def _check_tensor(tensor: _Tensor) -> None:
-    """Every element lies in the storage, and no more of them than there are: nothing unfolds when it is copied."""
+    """Every element lies in the storage, and the tensor has no more elements than it: a copy cannot be larger."""
     storage, offset, size, stride, dtype = tensor
     numbers = (offset, *size, *stride)
     good = isinstance(storage, _Storage) and isinstance(dtype, torch.dtype) and len(size) == len(stride) <= 64
@@ -287,12 +287,12 @@ def _check_tensor(tensor: _Tensor) -> None:
 
 
 def _build(value: Any, storages: dict[str, Tensor]) -> Any:
-    """A copy with real tensors, of what :func:`_check` has seen."""
+    """A copy with real tensors, of a value that :func:`_check` has accepted."""
     if isinstance(value, _Tensor):
         raw = storages[value.storage.key]
         dtype = torch.uint8 if value.dtype == torch.bool else value.dtype
         tensor = torch.empty(0, dtype=dtype).set_(raw.untyped_storage(), value.offset, value.size, value.stride)
-        return tensor != 0 if value.dtype == torch.bool else tensor  # a bool has no other bits
+        return tensor != 0 if value.dtype == torch.bool else tensor  # bytes other than 0 and 1 are no valid bools
     if isinstance(value, argparse.Namespace):
         return argparse.Namespace(**{str(name): _build(entry, storages) for name, entry in vars(value).items()})
     if isinstance(value, dict):

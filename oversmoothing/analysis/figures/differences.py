@@ -1,4 +1,4 @@
-"""The figure of two models' paired differences by layer."""
+"""The figure of paired differences between models, by layer."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ TITLES = {
 
 
 def difference_pictures(results: Sequence[Result]) -> list[Picture]:
-    """The figure, where a model was compared with the first one."""
+    """The figure, if any model was compared with the first one."""
     found = [(index, result.differences) for index, result in enumerate(results) if result.differences is not None]
     names = [name for name in SENTENCES if any(name in differences.quantities for _, differences in found)]
     if not names:
@@ -32,7 +32,7 @@ def difference_pictures(results: Sequence[Result]) -> list[Picture]:
 
 
 def draw_differences(found: Sequence[tuple[int, Differences]], names: Sequence[str], depth: int) -> Figure:
-    """One panel a quantity, one line a model, with the number of its line style."""
+    """One panel per quantity, one line per model; a model keeps the line style that it has in other figures."""
     figure, axes = panels(1, len(names), height=3.3)
     for ax, name in zip(axes.flat, names, strict=True):
         for position, (index, differences) in enumerate(found):

@@ -9,7 +9,7 @@ from .style import COLOURS, Drawing, by_head, from_zero, layer_axis, panels
 
 
 def draw_distance(results: Sequence[Result]) -> Figure:
-    """Every head as a point, and the mean of the heads, one panel a model."""
+    """Every head as a point, and the mean of the heads, one panel per model."""
     results = [result for result in results if any("attention_distance" in layer for layer in result.layers)]
     figure, axes = panels(1, len(results), width=4.2, height=3.4, sharey=True)
     for ax, result in zip(axes.flat, results, strict=True):
@@ -24,14 +24,14 @@ def draw_distance(results: Sequence[Result]) -> Figure:
         ax.set_ylabel("mean attention distance (pixels)")
         ax.tick_params(labelleft=True)
         layer_axis(ax, len(result.layers))
-    from_zero(axes.flat[0])  # of all, which share it
+    from_zero(axes.flat[0])  # for all panels: they share the axis
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
 def draw_distance_heads(results: Sequence[Result]) -> Figure:
-    """Which head looks how far."""
+    """The attention distance of every head."""
     return by_head(results, "attention_distance", "mean attention distance (pixels)")
 
 

@@ -9,7 +9,7 @@ from .style import COLOURS, Drawing, by_layer, from_zero, layer_panels, panels, 
 
 
 def draw_planes(result: Result) -> Figure:
-    """The complex plane, one panel a layer: the eigenvalues of every head and of the sum over heads."""
+    """The complex plane, one panel per layer: the eigenvalues of every head and of the sum over heads."""
     figure, axes = layer_panels(result, width=2.3, height=2.2, sharex=True, sharey=True)
     for ax, layer in zip(axes, result.layers, strict=True):
         ax.axhline(0, color="0.6", linewidth=0.6, zorder=0)
@@ -19,7 +19,7 @@ def draw_planes(result: Result) -> Figure:
             continue
         ax.scatter(layer["vo_sum_real"].mean, layer["vo_sum_imag"].mean, s=7, color=COLOURS[1], linewidths=0)
         ax.scatter(layer["vo_real"].mean, layer["vo_imag"].mean, s=5, color=COLOURS[0], linewidths=0)
-    # Off the axes, so that the legend is whole where the first layer is left out.
+    # Empty points, so that the legend is complete even if the first layer is left out.
     for colour, label in ((COLOURS[1], "sum over the heads"), (COLOURS[0], "each head")):
         axes[0].scatter([], [], s=20, color=colour, linewidths=0, label=label)
     reach = 1.1 * max(abs(limit) for limit in (*axes[0].get_xlim(), *axes[0].get_ylim()))

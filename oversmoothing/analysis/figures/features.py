@@ -13,7 +13,7 @@ from .style import BANDS, LAYER_AXIS, SEQUENTIAL, Drawing, by_layer, panels, sha
 
 
 def draw_overview(results: Sequence[Result]) -> Figure:
-    """The two curves that over-smoothing is judged by: similarity of the tokens and HC/DC, of each block's output."""
+    """The two main curves of over-smoothing: similarity of the tokens and HC/DC, of each block's output."""
     figure, axes = panels(1, 2, width=4.5, height=3.4)
     left, right = axes.flat
     by_layer(left, results, "token_similarity", "how alike the tokens are", "cosine similarity of distinct tokens")
@@ -49,13 +49,13 @@ def draw_similarity(results: Sequence[Result]) -> Figure:
     }
     for ax, (quantity, title) in zip(axes.flat, titles.items(), strict=True):
         if by_layer(ax, results, quantity, title, "cosine similarity") and quantity.startswith("token"):
-            up_to_one(ax)  # maps all lie near 1, so their panels are cut to the data
+            up_to_one(ax)  # similarities of maps are all near 1, so their panels show the range of the data
     shared_legend(figure, results)
     return figure
 
 
 def draw_singular_values(results: Sequence[Result]) -> Figure:
-    """Singular values of the token matrix, largest first, one panel a model, one line a layer."""
+    """Singular values of the token matrix, largest first, one panel per model, one line per layer."""
     results = [result for result in results if any("singular_values" in layer for layer in result.layers)]
     figure, axes = panels(1, len(results), width=4.4, height=3.4, sharey=True)
     deepest = max(len(result.layers) for result in results) - 1
@@ -66,7 +66,7 @@ def draw_singular_values(results: Sequence[Result]) -> Figure:
             if "singular_values" in layer:
                 values = layer["singular_values"].mean
                 ax.plot(range(1, len(values) + 1), values, color=colours(index / max(deepest, 1)), linewidth=1.2)
-                shown = values[: max(1, round(0.9 * len(values)))]  # the last ones are rounding where the rank is full
+                shown = values[: max(1, round(0.9 * len(values)))]  # the smallest ones may be rounding errors
                 smallest = min(smallest, shown[shown > 0].min().item())
         ax.set_title(result.label, fontsize=10, wrap=True)
         ax.set_xlabel("index of the singular value")
@@ -82,7 +82,7 @@ def draw_singular_values(results: Sequence[Result]) -> Figure:
 
 
 def draw_log_amplitude(results: Sequence[Result]) -> Figure:
-    """Relative log amplitude of the patch tokens' 2-D spectrum, one panel a model, one line a layer."""
+    """Relative log amplitude of the patch tokens' 2-D spectrum, one panel per model, one line per layer."""
     drawable = [result for result in results if any("delta_log_amplitude" in layer for layer in result.layers)]
     figure, axes = panels(1, len(drawable), width=3.6, sharey=True)
     deepest = max(len(result.layers) for result in drawable) - 1

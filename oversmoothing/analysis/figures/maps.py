@@ -18,7 +18,7 @@ def draw_attention(results: Sequence[Result]) -> Figure:
     by_layer(axes[1, 1], results, "effective_rank", "effective rank of the features", "directions")
     axes[0, 1].ticklabel_format(useOffset=False)
     low, high = axes[0, 1].get_ylim()
-    if high - low < 0.02:  # rows that sum to one: do not blow rounding up to a figure
+    if high - low < 0.02:  # rows sum to one: do not magnify rounding errors
         axes[0, 1].set_ylim(0.9, 1.1)
     shared_legend(figure, results)
     return figure
@@ -30,7 +30,7 @@ def draw_heads(results: Sequence[Result]) -> Figure:
 
 
 def draw_spectra(result: Result) -> Figure:
-    """The spectral response of every layer of a model, one panel a layer, one line a head."""
+    """The spectral response of every layer of a model, one panel per layer, one line per head."""
     figure, axes = layer_panels(result, sharex=True, sharey=True)
     for index, ax in enumerate(axes):
         heads, bins = result.layers[index]["spectrum"].mean, result.layers[index]["spectrum"].frequencies

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from ..results import Result, parameters_of
 from .style import COLOURS, Picture, layer_axis, line_style, panels, shared_legend
 
-MOST_HEADS = 32  # a vector of up to so many numbers is drawn number by number
+MOST_HEADS = 32  # a longer vector is drawn as a band, not number by number
 TITLE = "λ by layer"
 CAPTION = (
     "Lines: means over heads or channels. AttnScale: each head is a point. FeatScale: the band spans the 10th to "
@@ -17,7 +17,7 @@ CAPTION = (
 
 
 def draw_parameters(results: Sequence[Result]) -> Figure | None:
-    """The remedies' parameters by layer: every head of those with one a head, else the spread over channels."""
+    """The remedies' parameters by layer: every head of per-head parameters, else the spread over channels."""
     titles = {"lamb": "AttnScale: λ of each head", "lamb1": "FeatScale: λ₁ (DC)", "lamb2": "FeatScale: λ₂ (high-pass)"}
     present = list(parameters_of(results))
     if not present:
@@ -47,6 +47,6 @@ def draw_parameters(results: Sequence[Result]) -> Figure | None:
 
 
 def parameter_pictures(results: Sequence[Result]) -> list[Picture]:
-    """The figure, where any model has a remedy."""
+    """The figure, if any model has a remedy."""
     figure = draw_parameters(results)
     return [Picture("parameters.png", TITLE, CAPTION, figure)] if figure else []

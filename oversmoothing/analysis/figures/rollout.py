@@ -9,7 +9,7 @@ from .style import BANDS, Drawing, by_layer, panels, shared_legend
 
 
 def draw_rollout(results: Sequence[Result]) -> Figure:
-    """How spread the rollout is over the patches, and how much the tokens' mixtures differ."""
+    """The entropy of the rollout over the patches, and how much the mixtures of different tokens differ."""
     figure, axes = panels(1, 2)
     left, right = axes.flat
     by_layer(left, results, "rollout_entropy", "spread over the patches", "entropy (nats)")

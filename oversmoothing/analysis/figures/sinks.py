@@ -9,7 +9,7 @@ from .style import BANDS, Drawing, by_head, by_layer, from_zero, panels, shared_
 
 
 def draw_sinks(results: Sequence[Result]) -> Figure:
-    """Attention on the first token and on the one that gets most, and how long their values are."""
+    """Attention on the first token and on the token that receives most, and the norms of their values."""
     figure, axes = panels(2, 2)
     share, norm = "share of the attention", "value norm / mean"
     by_layer(axes[0, 0], results, "sink_first", "attention on the first token", share)
@@ -25,7 +25,7 @@ def draw_sinks(results: Sequence[Result]) -> Figure:
 
 
 def draw_sink_heads(results: Sequence[Result]) -> Figure:
-    """The largest share of every head."""
+    """The largest share of attention on one token, for every head."""
     return by_head(results, "sink_largest", "attention on the token that gets most (share)")
 
 

@@ -1,4 +1,4 @@
-"""What the figures of an analysis share: palette, line styles, axes, and the panels that several of them have."""
+"""What the figures of an analysis share: palette, line styles, axes and common panels."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -41,9 +41,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How one figure is made of results: all models in it, or one figure a model."""
+    """How one figure is drawn from results: one figure for all models, or one per model."""
 
-    name: str  # of its file, without suffix; with ``per_model``, the model's number follows
+    name: str  # of the file, without suffix; with ``per_model``, the model's number is added
     title: str
     caption: str
     needs: tuple[str, ...]  # it is drawn where the results have any of these quantities
@@ -51,7 +51,7 @@ class Drawing:
     per_model: bool = False
 
     def pictures(self, results: Sequence[Result]) -> list[Picture]:
-        """What there is to show, with the file names of the report."""
+        """The figures for which there is data, with the file names of the report."""
         if self.per_model:
             parts = [(f"{self.name}_{i}.png", f"{self.title}: {r.label}", r) for i, r in enumerate(results)]
             parts = [part for part in parts if self._is_in(part[-1])]
@@ -65,14 +65,14 @@ class Drawing:
 
 
 def by_layer(ax: Axes, results: Sequence[Result], quantity: str, title: str, ylabel: str, log: bool = False) -> bool:
-    """One line a model with a band of one standard deviation over the images; whether any model has the quantity."""
+    """One line per model with a band of one std over the images; returns whether any model has the quantity."""
     drawn = False
     for index, result in enumerate(results):
         layers, mean, std = result.scalars(quantity)
         if layers:
             style = line_style(index)
             ax.plot(layers, mean, label=result.label, **style)
-            # On a logarithmic axis the same band as a factor: mean - std may be negative and has no place there.
+            # On a logarithmic axis the band below is the same factor as above: mean - std may be negative.
             low, high = (mean / (1 + std / mean), mean + std) if log else (mean - std, mean + std)
             ax.fill_between(layers, low, high, color=style["color"], alpha=0.15, linewidth=0)
             drawn = True
@@ -87,7 +87,7 @@ def by_layer(ax: Axes, results: Sequence[Result], quantity: str, title: str, yla
 
 
 def by_head(results: Sequence[Result], quantity: str, label: str, log: bool = False) -> Figure:
-    """A map over layers and heads of a quantity that every head has, one panel a model, on one colour scale."""
+    """A heat map of a per-head quantity over layers and heads, one panel per model, on one colour scale."""
     results = [result for result in results if any(quantity in layer for layer in result.layers)]
     figure, axes = panels(1, len(results), width=3.6, height=4.0)
     tables = []
@@ -114,7 +114,7 @@ def by_head(results: Sequence[Result], quantity: str, label: str, log: bool = Fa
 
 
 def layer_panels(result: Result, width: float = 2.5, height: float = 2.0, **kwargs: Any) -> tuple[Figure, list[Axes]]:
-    """One panel a layer with the block's name above it, four or six a row; the figure and the panels in order."""
+    """One panel per layer with the block's name above it, four or six per row; returns the figure and its panels."""
     depth = len(result.layers)
     columns = min(6 if depth > 12 else 4, depth)
     figure, axes = panels(math.ceil(depth / columns), columns, width, height, **kwargs)
@@ -123,7 +123,7 @@ def layer_panels(result: Result, width: float = 2.5, height: float = 2.0, **kwar
             ax.set_visible(False)
             continue
         ax.set_title(result.layer_names[index], fontsize=8)
-        if index + columns >= depth:  # panels with none below them
+        if index + columns >= depth:  # panels in the last row of their column
             ax.tick_params(labelbottom=True)
     return figure, list(axes.flat)[:depth]
 
@@ -147,8 +147,8 @@ def patch_panels(result: Result, values: Mapping[int, Tensor], label: str) -> Fi
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the line with this number; 28 of them differ."""
-    # Gaps in the lines drawn last show those below: a remedy at lambda = 0 lies exactly on its plain model.
+    """Colour, marker and dashes of the line with this number; 28 combinations differ."""
+    # Dashes let the lines below show through: a remedy at lambda = 0 lies exactly on its plain model.
     line = ("-", "--", ":", "-.")[index % 4]
     return dict(
         color=COLOURS[index % len(COLOURS)],
@@ -160,19 +160,19 @@ def line_style(index: int) -> dict[str, Any]:
 
 
 def up_to_one(ax: Axes) -> None:
-    """Shows a similarity from 0 to 1, or, where it stays small, to what there is."""
+    """Axis limits of a similarity: from 0 to 1, or to the largest value if all are small."""
     low, high = ax.get_ylim()
     ax.set_ylim(min(0, low), 1.02 if high > 0.4 else high)
 
 
 def from_zero(ax: Axes) -> None:
-    """Shows a quantity from 0 to a little above what there is, and at least to a little above 0."""
+    """Axis limits from 0 to a little above the largest value; to 1 if all values are 0."""
     _, high = ax.get_ylim()
     ax.set_ylim(0, 1.08 * high if high > 0 else 1)
 
 
 def logarithmic(ax: Axes) -> None:
-    """Ticks that read 0.2, 0.3, 0.4 on a narrow range, 0.2, 0.5, 1 on a wider one, powers of ten on a very wide one."""
+    """Logarithmic axis: ticks 0.2, 0.3, 0.4 on a narrow range, 0.2, 0.5, 1 on a wider one, else powers of ten."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     subs = (1, 1.5, 2, 3, 4, 5, 7) if high < 10 * low else (1, 2, 5) if high < 300 * low else (1,)

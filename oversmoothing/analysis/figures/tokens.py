@@ -17,11 +17,11 @@ def draw_norms(results: Sequence[Result]) -> Figure:
     by_layer(axes[1, 0], results, "outlier_tokens", "patches above twice the median", "tokens an image")
     by_layer(axes[1, 1], results, "prefix_norm", "class token and registers: mean norm", norm, log=True)
     limits = [limit for ax in axes[0] for limit in ax.get_ylim()]
-    for ax in axes[0]:  # one scale, so that the two panels compare
+    for ax in axes[0]:  # one scale, so that the two panels can be compared
         ax.set_ylim(min(limits), max(limits))
         logarithmic(ax)
     if not any(layer["outlier_tokens"].mean for r in results for layer in r.layers if "outlier_tokens" in layer):
-        axes[1, 0].set_ylim(-0.05, 1)  # none: zero is a line at the bottom, not in the middle of nothing
+        axes[1, 0].set_ylim(-0.05, 1)  # no outliers: put the line of zeros at the bottom of the panel
     else:
         axes[1, 0].set_ylim(bottom=0)
     shared_legend(figure, results)
@@ -29,7 +29,7 @@ def draw_norms(results: Sequence[Result]) -> Figure:
 
 
 def draw_positions(result: Result) -> Figure | None:
-    """Where the outliers lie, one panel a layer; None if no image has any."""
+    """Where the outliers lie, one panel per layer; None if no image has any."""
     found = {
         index: layer["outlier_positions"].mean
         for index, layer in enumerate(result.layers)

@@ -1,4 +1,4 @@
-"""The quantities of an analysis, in groups chosen by name, since some cost more than others. One group a file."""
+"""The quantities of an analysis, in groups chosen by name, since some cost more than others. One group per file."""
 
 from collections.abc import Iterable
 
@@ -17,15 +17,15 @@ GROUPS: dict[str, type[Group]] = {
     group.name: group for group in (Features, Maps, Tokens, Sinks, Distance, Rollout, Eigenvalues)
 }
 DEFAULT = ("features", "maps")
-# Quantity -> what it is, with its unit. The text of the report and of analysis.json.
+# Quantity -> its description with its unit, as in the report and in analysis.json.
 QUANTITIES = {name: text for group in GROUPS.values() for name, text in group.quantities.items()}
 
 
 def choose(names: Iterable[str]) -> list[type[Group]]:
-    """The groups of these names, each once, in the order of the report; ``all`` stands for every one.
+    """The groups with these names, each once, in the order of the report; ``all`` means every group.
 
     Raises:
-        ValueError: If there is no group of a name, or no name.
+        ValueError: If a name is unknown, or there is none.
     """
     names = [names] if isinstance(names, str) else list(names)
     unknown = [name for name in names if name not in (*GROUPS, "all")]

@@ -1,4 +1,4 @@
-"""What a group of quantities is: measured together on one model, layer by layer, chosen by name."""
+"""Groups of quantities: measured together on one model, layer by layer, and chosen by name."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from ..values import Values
 
 
 class PatchLayout(NamedTuple):
-    """Where the tokens of a layer's maps lie: ``prefix`` tokens first, then the patches of a grid, row by row."""
+    """Positions of the tokens in a layer's maps: ``prefix`` tokens first, then the patches of a grid, row by row."""
 
     grid: tuple[int, int]  # rows and columns, of the whole image or of one window
     prefix: int
@@ -20,7 +20,7 @@ class PatchLayout(NamedTuple):
 
 
 class Group:
-    """Base of all groups. One instance measures one model; what it keeps does not grow with the number of images.
+    """Base of all groups. One instance measures one model; its memory does not grow with the number of images.
 
     A new group is one file here, an entry in ``quantities.GROUPS``, and its figures in ``figures.DRAWINGS``.
 
@@ -29,17 +29,18 @@ class Group:
         patches_only: Whether class, distillation and register tokens are left out of the feature quantities.
 
     Attributes:
-        grid: Rows and columns of patches of the images of the present pass.
-        frequencies: Of those quantities whose last axis is a frequency, by layer index and name, in units of pi rad.
+        grid: Rows and columns of patches of the images in the present forward pass.
+        frequencies: (layer index, name) -> frequencies along the last axis, in units of pi rad, for quantities with
+            such an axis.
         left_out: Block -> why this group, or a part of it, has no numbers there. Shown in the report.
     """
 
     name: ClassVar[str]
     about: ClassVar[str]  # one line
     quantities: ClassVar[Mapping[str, str]]  # name -> what it is, with its unit
-    profiles: ClassVar[frozenset[str]] = frozenset()  # whose last axis is neither heads, channels nor frequencies
+    profiles: ClassVar[frozenset[str]] = frozenset()  # last axis: neither heads, channels nor frequencies
     needs_images: ClassVar[bool] = True
-    image_map: ClassVar[str] = ""  # what ``over_image`` shows, with its unit; empty where there is no such thing
+    image_map: ClassVar[str] = ""  # description of ``over_image``'s map, with its unit; empty without such a map
 
     def __init__(self, subject: Subject, patches_only: bool = False) -> None:
         self.subject = subject
@@ -49,23 +50,23 @@ class Group:
         self.left_out: dict[str, str] = {}
 
     def begin(self, images: Tensor, grid: tuple[int, int]) -> None:
-        """Before each forward pass: images (B, 3, H, W), and the rows and columns of their patches."""
+        """Called before each forward pass, with images (B, 3, H, W) and the rows and columns of their patches."""
         self.grid = grid
 
     def measure(self, view: LayerView) -> dict[str, Tensor]:
-        """As a layer ends: quantities of shape (B, ...), one value or array per image, on Swin's maps per window."""
+        """Called as a layer ends: quantities of shape (B, ...), one value or array per image (Swin's maps: window)."""
         return {}
 
     def over_image(self, view: LayerView) -> Tensor | None:
-        """As a layer ends in a pass of one image: a map over its grid, (rows, columns); None where it has none."""
+        """Called as a layer ends, with one image: a map over its grid, (rows, columns), or None."""
         return None
 
     def grid_of(self, view: LayerView) -> tuple[int, int]:
-        """Rows and columns of patches at this layer: its own where it puts out a map, else the model's."""
+        """Rows and columns of patches at this layer: those of its output if that is a feature map, else the model's."""
         return view.grid or self.grid
 
     def patch_layout(self, view: LayerView) -> PatchLayout | None:
-        """Where the tokens of the layer's maps lie on the image; None where that is unknown."""
+        """Positions on the image of the tokens in the layer's maps; None if they are unknown."""
         kind, n = view.layer.kind, view.heads().k.shape[-2]
         if not kind.raster:
             return None
@@ -77,5 +78,5 @@ class Group:
         return PatchLayout(grid, prefix, False) if is_whole else None
 
     def finish(self) -> list[dict[str, Values]]:
-        """After the last image, for each layer: quantities that are no means over images, such as those of weights."""
+        """Called after the last image: for each layer, quantities that are not means over images (weights)."""
         return [{} for _ in self.subject.layers]

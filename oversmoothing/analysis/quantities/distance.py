@@ -1,4 +1,4 @@
-"""How far attention looks: the distance between query and key patches, weighted by the attention."""
+"""Attention distance: the distance between query and key patches, weighted by the attention."""
 
 import torch
 from torch import Tensor
@@ -26,16 +26,16 @@ def patch_distances(rows: int, columns: int, height: float = 1.0, width: float =
 
 
 def attention_distance(attn: Tensor, distances: Tensor) -> Tensor:
-    """Mean distance from a query patch to what it attends to, over all query patches.
+    """Mean distance from a query patch to the patches that it attends to, over all query patches.
 
     Args:
-        attn: Non-negative maps of shape (..., N, N). Patches are the last P tokens; attention to those in front of
-            them is left out, and each row divided by what remains of it.
-        distances: Shape (P, P), as of :func:`patch_distances`.
+        attn: Non-negative maps of shape (..., N, N). Patches are the last P tokens; attention to prefix tokens is left
+            out, and each row is normalised over the patches.
+        distances: Shape (P, P), as from :func:`patch_distances`.
 
     Returns:
-        Shape (...), in the unit of ``distances``: 0 where each patch sees itself alone. A row without any attention on
-        patches counts as 0.
+        Shape (...), in the unit of ``distances``: 0 if each patch attends only to itself. A row without any attention
+        on patches counts as 0.
 
     Raises:
         ValueError: If the maps are not square.
@@ -49,7 +49,7 @@ def attention_distance(attn: Tensor, distances: Tensor) -> Tensor:
 
 
 class Distance(Group):
-    """Of the softmax maps, patches only; in Swin's windows too, where it is at most the window's diagonal."""
+    """Attention distance of the softmax maps, patches only; in Swin's windows it is at most the window's diagonal."""
 
     name = "distance"
     about = "mean distance in pixels between a patch and what it attends to"
@@ -61,7 +61,7 @@ class Distance(Group):
         self._size = images.shape[-2:]
 
     def measure(self, view: LayerView) -> dict[str, Tensor]:
-        """Shape (B, num_heads); in windows B counts them."""
+        """Shape (B, num_heads); B counts windows where attention is windowed."""
         layout = self.patch_layout(view)
         if layout is None:
             self.left_out[view.layer.name] = "where its tokens lie on the image is unknown"

@@ -1,4 +1,4 @@
-"""Eigenvalues of the value-output products: what the weights alone say about smoothing."""
+"""Eigenvalues of the value-output products: smoothing as seen in the weights alone."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,11 @@ from .base import Group
 def value_output_eigenvalues(value: Tensor, output: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     """Eigenvalues of ``H_h = W_V^h W_O^h`` of every head and of their sum.
 
-    A head maps a token x (row) to ``sum_j a_j x_j H_h``. ``H_h`` is C x C of rank D at most; ``W_O^h W_V^h``, D x D,
-    has the same eigenvalues but for C - D zeros. With residual branch and one map A for all layers, a component along
-    an eigenvector of A (eigenvalue a) and one of H (eigenvalue h) is multiplied by ``1 + a h`` in each layer. A softmax
-    map has a = 1 for DC and less for all else, so positive h amplify DC most, and negative ones can damp it.
+    The output of a head for one token is ``sum_j a_j x_j H_h``, over tokens x_j (rows) with attention a_j. ``H_h`` is
+    C x C with rank at most D; ``W_O^h W_V^h``, D x D, has the same eigenvalues except for C - D zeros. With a residual
+    branch and the same map A in all layers, each layer multiplies the component along an eigenvector of A (eigenvalue
+    a) and one of H (eigenvalue h) by ``1 + a h``. A softmax map has a = 1 for DC and smaller |a| for all else, so
+    positive h amplify DC most, and negative h can damp it.
 
     Args:
         value: ``W_V`` as ``nn.Linear`` holds it, (H * D, C), head by head.
@@ -22,11 +23,12 @@ def value_output_eigenvalues(value: Tensor, output: Tensor, num_heads: int) -> t
 
     Returns:
         Complex128 of shape (H, D) and, for the sum of the ``H_h``, (min(C, H * D),); by falling modulus, dimensionless.
+        The gains of norms and LayerScale are not part of these products.
 
     Source: Dovonon, Bronstein and Kusner, "Setting the record straight on transformer oversmoothing", arXiv
-    2401.04301. Norms' gains and LayerScale are not part of these products.
+    2401.04301.
     """
-    value, output = value.cpu().double(), output.cpu().double()  # no GPU has a fast eigvals
+    value, output = value.cpu().double(), output.cpu().double()  # eigvals is not faster on a GPU
     per_head = value.unflatten(0, (num_heads, -1)) @ output.unflatten(1, (num_heads, -1)).permute(1, 0, 2)
     whole = value @ output if len(value) <= len(output) else output @ value
     return _by_modulus(torch.linalg.eigvals(per_head)), _by_modulus(torch.linalg.eigvals(whole))
@@ -37,12 +39,12 @@ def _by_modulus(eigenvalues: Tensor) -> Tensor:
 
 
 def negative_share(eigenvalues: Tensor) -> Tensor:
-    """Share of the eigenvalues (last axis) with a negative real part: of n complex ones, 0 to 1."""
+    """Share of the eigenvalues (complex, last axis) with a negative real part, 0 to 1."""
     return (eigenvalues.real < 0).double().mean(dim=-1)
 
 
 class Eigenvalues(Group):
-    """Of weights alone, so no images are needed and nothing has a spread over them."""
+    """Computed from weights alone: no images are needed, and the values have no spread over images."""
 
     name = "eigenvalues"
     about = "eigenvalues of the value-output product of each head; of weights only"
@@ -60,7 +62,7 @@ class Eigenvalues(Group):
     needs_images = False
 
     def finish(self) -> list[dict[str, Values]]:
-        """The eigenvalues of each layer; none where its kind cannot say what the two weights are."""
+        """The eigenvalues of each layer; none where its kind does not know the two weights."""
         layers: list[dict[str, Values]] = []
         for layer in self.subject.layers:
             weights = layer.kind.value_weights(layer.attn)

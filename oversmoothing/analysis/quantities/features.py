@@ -1,4 +1,4 @@
-"""The paper's quantities of features: high-pass against DC, similarity, rank, the spectrum over the image grid."""
+"""The paper's quantities of features: high-pass to DC, similarity, rank, the spectrum over the image grid."""
 
 import math
 
@@ -9,7 +9,7 @@ from .base import Group
 
 
 class Features(Group):
-    """What :func:`probe.feature_statistics` computes of the tokens of each block."""
+    """The quantities that :func:`probe.feature_statistics` computes from the tokens of each block."""
 
     name = "features"
     about = "the tokens of each block: HC/DC, similarity, rank, 2-D spectrum"
@@ -31,7 +31,7 @@ class Features(Group):
     profiles = frozenset({"singular_values"})
 
     def measure(self, view: probe.LayerView) -> dict[str, Tensor]:
-        """Shape (B,) each, but the singular values and the log amplitude."""
+        """Shape (B,) each, except the singular values and the log amplitude."""
         num_patches = math.prod(self.grid)
         statistics = probe.feature_statistics(view, num_patches, self.patches_only)
         if "delta_log_amplitude" in statistics:

@@ -8,7 +8,7 @@ from .base import Group
 
 
 class Maps(Group):
-    """What :func:`probe.map_statistics` computes of the attention maps of each block."""
+    """The quantities that :func:`probe.map_statistics` computes from the attention maps of each block."""
 
     name = "maps"
     about = "the attention maps: spectral response, DC gain, entropy, similarity of heads and layers"
@@ -26,7 +26,7 @@ class Maps(Group):
         self._previous: Tensor | None = None
 
     def measure(self, view: probe.LayerView) -> dict[str, Tensor]:
-        """As :func:`probe.map_statistics`; of the layer before, only the average over its heads is kept."""
+        """As :func:`probe.map_statistics`; the previous layer's maps are kept as their average over heads."""
         maps = view.attention_maps()
         statistics = probe.map_statistics(maps, self._previous if view.index > 0 else None)
         self._previous = maps.applied.mean(dim=1)

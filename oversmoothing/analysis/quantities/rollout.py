@@ -1,4 +1,4 @@
-"""Attention rollout: which patches a token is made of after several layers, by the product of their maps."""
+"""Attention rollout: the product of the layers' maps says from which patches a token is mixed after several layers."""
 
 import torch
 from torch import Tensor
@@ -9,14 +9,14 @@ from .base import Group
 
 
 def rollout_step(rollout: Tensor | None, attn: Tensor) -> Tensor:
-    """One more layer: ``(A / 2 + I / 2) R``, the identity standing for the residual branch.
+    """Adds one layer: ``(A / 2 + I / 2) R``, where the identity stands for the residual branch.
 
     Args:
-        rollout: ``R`` (B, N, N) of the layers before, None at the first.
-        attn: ``A`` (B, N, N) of this layer, averaged over its heads, rows that sum to one.
+        rollout: ``R`` (B, N, N) of the previous layers, None at the first.
+        attn: ``A`` (B, N, N) of this layer, averaged over its heads; rows sum to one.
 
     Returns:
-        Shape (B, N, N), rows that sum to one: how much of each input token is in each output token.
+        Shape (B, N, N), rows sum to one: how much of each input token is in each output token.
 
     Source: Abnar and Zuidema, "Quantifying attention flow in transformers", arXiv 2005.00928.
     """
@@ -25,10 +25,10 @@ def rollout_step(rollout: Tensor | None, attn: Tensor) -> Tensor:
 
 
 class Rollout(Group):
-    """From the first to each layer, with the maps that multiply the values as long as their rows sum to one.
+    """Rollout from the first layer to each layer, of the maps that multiply the values if their rows sum to one.
 
-    So AttnScale's maps count, which may be negative here and there. CaiT's mixed maps and those of remedies that change
-    the row sum do not: there the softmax maps are used, and the report says so. Keeps one N x N product an image.
+    So AttnScale's maps are used, although some entries may be negative. CaiT's mixed maps and those of remedies that
+    change the row sum are replaced by the softmax maps, and the report says so. Keeps one N x N product per image.
     """
 
     name = "rollout"
@@ -46,7 +46,7 @@ class Rollout(Group):
     image_map = "rollout × number of patches"
 
     def begin(self, images: Tensor, grid: tuple[int, int]) -> None:
-        """Forgets the product of the pass before."""
+        """Drops the product of the previous forward pass."""
         super().begin(images, grid)
         self._rollout: Tensor | None = None
         self._is_broken = False
@@ -62,14 +62,14 @@ class Rollout(Group):
         }
 
     def over_image(self, view: LayerView) -> Tensor | None:
-        """The class token's row over the grid of patches, or the mean row, (rows, columns); 1 when uniform."""
+        """The class token's row, or the mean row without one, over the grid (rows, columns); 1 if uniform."""
         if not self._advance(view) or not view.layer.kind.raster:
             return None
         row = self._row(view)[0]
         return len(row) * (row / row.sum()).reshape(self.grid_of(view))
 
     def _advance(self, view: LayerView) -> bool:
-        """Multiplies the layer's maps on; whether there is a product of all layers up to it."""
+        """Multiplies the product by the layer's maps; returns whether it covers all layers so far."""
         layout = None if self._is_broken else self.patch_layout(view)
         if layout is None or layout.is_window:
             reason = (
@@ -94,7 +94,7 @@ class Rollout(Group):
         self._is_broken = True
 
     def _row(self, view: LayerView) -> Tensor:
-        """(B, P): of the class token, which is the first where any is in front of the patches, else the mean row."""
+        """(B, P): the row of the class token, which is the first prefix token; without prefix tokens, the mean row."""
         prefix = self.patch_layout(view).prefix
         row = self._rollout[:, 0] if prefix else self._rollout.mean(dim=1)
         return row[:, prefix:]

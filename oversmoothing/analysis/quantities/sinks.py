@@ -1,4 +1,4 @@
-"""Attention sinks: tokens that receive much of the attention, often with a value so short that it does nothing."""
+"""Attention sinks: tokens that receive much of the attention, often with a value of almost zero norm."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def received_mass(attn: Tensor) -> Tensor:
     """Mean over the queries of the attention that each key receives.
 
     Args:
-        attn: Softmax maps of shape (..., N, N), rows that sum to one.
+        attn: Softmax maps of shape (..., N, N); rows sum to one.
 
     Returns:
         Shape (..., N), dimensionless, 0 to 1, sums to one over the keys: 1 / N each under uniform attention.
@@ -36,15 +36,15 @@ def relative_value_norm(values: Tensor) -> Tensor:
     Returns:
         Shape (..., N), dimensionless; mean 1 over the tokens.
 
-    Source: Sun et al., "Massive activations in large language models", arXiv 2402.17762, on attention that massive
-    activations draw and the biases that their values are.
+    Source: Sun et al., "Massive activations in large language models", arXiv 2402.17762: massive activations attract
+    attention, and their values act as biases.
     """
     norms = torch.linalg.vector_norm(values, dim=-1)
     return norms / norms.mean(dim=-1, keepdim=True)
 
 
 class Sinks(Group):
-    """Of the softmax itself, before AttnScale and other remedies, and of the layer's own values."""
+    """Sinks of the softmax itself, before AttnScale and other remedies, with the layer's own values."""
 
     name = "sinks"
     about = "attention on the first token and on the one that gets most, and how long their values are"
@@ -56,7 +56,7 @@ class Sinks(Group):
     }
 
     def measure(self, view: LayerView) -> dict[str, Tensor]:
-        """Shape (B, num_heads) each, in windows B counts them; nothing of the first token where it is a patch."""
+        """Shape (B, num_heads) each (in windows B counts them); the first token is left out if it is a patch."""
         mass = received_mass(view.attention_maps().softmax)
         values = relative_value_norm(view.heads().v)
         largest, position = mass.max(dim=-1)

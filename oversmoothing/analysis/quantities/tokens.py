@@ -1,6 +1,6 @@
-"""How long each token is, which tokens are outliers, and where they lie.
+"""Norms of tokens: how large they are, which tokens are outliers, and where the outliers lie.
 
-Large vision transformers turn a few patches of uniform background into registers of their own: their norms are several
+Large vision transformers use a few patches of uniform background as registers: the norms of these patches are several
 times those of the others, and attention maps show them as artefacts.
 """
 
@@ -34,19 +34,19 @@ def token_norms(tokens: Tensor) -> Tensor:
 def outliers(norms: Tensor, ratio: float = OUTLIER_RATIO) -> Tensor:
     """The tokens whose norm is more than ``ratio`` times the median norm of the image's tokens.
 
-    A ratio to the median needs no unit and no threshold a model, and as long as fewer than half of the tokens are
-    outliers, they do not move it. Tokens that are nearly alike have no outliers by it, unlike by a multiple of their
-    spread.
+    A ratio to the median needs no unit and no threshold per model, and outliers hardly change the median while they are
+    fewer than half of the tokens. Tokens of nearly equal norm have no outliers by this rule; a multiple of their spread
+    would find some.
 
     Args:
-        norms: Shape (B, N), of patches only: class and register tokens are long by design.
-        ratio: Larger than 1. The source's outliers are about ten times as long as the bulk.
+        norms: Shape (B, N), of patches only: class and register tokens have large norms by design.
+        ratio: Larger than 1. The norms of the source's outliers are about ten times those of the other tokens.
 
     Returns:
         Shape (B, N), boolean.
 
-    Source: Darcet et al., "Vision transformers need registers", arXiv 2309.16588, which finds two modes in the norms
-    and cuts between them by a threshold chosen for the model.
+    Source: Darcet et al., "Vision transformers need registers", arXiv 2309.16588: it finds two modes in the norms and
+    separates them by a threshold chosen per model.
     """
     return norms > ratio * _median(norms)[:, None]
 
@@ -56,7 +56,7 @@ def _median(norms: Tensor) -> Tensor:
 
 
 class Tokens(Group):
-    """Norms of the tokens of each block's output, before the model's last norm."""
+    """Norms of the tokens in each block's output, before the model's last norm."""
 
     name = "tokens"
     about = "norms of the tokens of each block, outliers among the patches and where they lie"
@@ -71,7 +71,7 @@ class Tokens(Group):
     image_map = "token norm / median norm of the patches"
 
     def measure(self, view: LayerView) -> dict[str, Tensor]:
-        """Shape (B,) each, but ``outlier_positions`` (B, rows, columns) and ``prefix_norm`` (B, prefix tokens)."""
+        """Shape (B,) each, except ``outlier_positions`` (B, rows, columns) and ``prefix_norm`` (B, prefix tokens)."""
         norms = token_norms(view.after_mlp)
         num_prefix = self.num_prefix(view)
         if num_prefix is None:
@@ -101,8 +101,8 @@ class Tokens(Group):
         return (norms / _median(norms)[:, None])[0].reshape(self.grid_of(view))
 
     def num_prefix(self, view: LayerView) -> int | None:
-        """Tokens in front of the patches; None where there are fewer tokens than patches, as after pooling."""
+        """Number of prefix tokens; None if there are fewer tokens than patches, as after pooling."""
         extra = view.after_mlp.shape[1] - math.prod(self.grid_of(view))
         if not view.layer.kind.raster and view.grid is None:
-            return 0  # Hiera and NesT: no tokens but patches, at the stage's own resolution
+            return 0  # Hiera and NesT: patches only, at the stage's own resolution
         return extra if extra >= 0 else None
