@@ -44,7 +44,7 @@ _logger = logging.getLogger(__name__)
 MAX_EVAL_BATCH = 256  # images
 
 
-# What the order of the images and their augmentation depend on, beside the number of processes.
+# Flags that decide the order of the images and their augmentation, besides the number of processes.
 _ORDER_FLAGS = ("batch_size", "grad_accum", "seed", "fast_loader", "val_split", "val_split_seed")
 
 
@@ -56,8 +56,8 @@ class Start:
     checkpoint: dict | None = None
     full: bool = False  # the checkpoint is a whole training state, not only weights
     epoch: int = 0
-    step: int = 0  # batches of that epoch that are done
-    meters: dict | None = None  # their running sums on this rank
+    step: int = 0  # batches done in that epoch
+    meters: dict | None = None  # running sums of those batches on this rank
     max_accuracy: dict = field(default_factory=dict)
 
 
@@ -77,8 +77,8 @@ def find_start(args: argparse.Namespace) -> Start:
 def num_classes(args: argparse.Namespace, start: Start) -> int:
     """Classes of the head: ``--num-classes``, else counted from the data set.
 
-    A tree with only some of a named data set's classes (ImageNet's 1,000, say) gets a head for those; but a checkpoint
-    that is resumed with the data set's full head keeps it.
+    A tree with only some of a named data set's classes (ImageNet's 1,000, say) gets a head for those. A resumed
+    checkpoint with the data set's full head keeps it.
     """
     if args.num_classes is not None and args.throughput:
         return args.num_classes
@@ -113,7 +113,7 @@ def check_model_names(args: argparse.Namespace) -> None:
     """Refuses unknown models before anything is read.
 
     Raises:
-        ModelError: With the names that come near.
+        ModelError: With similar names.
     """
     check_model_name(args.model)
     if args.distillation_type != "none":
@@ -121,7 +121,7 @@ def check_model_names(args: argparse.Namespace) -> None:
 
 
 def remedies(args: argparse.Namespace, start: Start) -> dict[str, dict[str, Any]]:
-    """Names and options of ``--remedy``; where it is left out, those of the checkpoint that the run starts from.
+    """Names and options of ``--remedy``; without it, those of the checkpoint the run starts from.
 
     Raises:
         ArgumentError: If an option belongs to none of them.
@@ -140,7 +140,7 @@ def remedies(args: argparse.Namespace, start: Start) -> dict[str, dict[str, Any]
 def build_model(args: argparse.Namespace, classes: int, start: Start = Start()) -> nn.Module:
     """The model of ``--model`` with its remedies (see :func:`remedies`).
 
-    ``--drop`` goes where the paper's code has it, not to ``drop_rate`` (the head).
+    As in the paper's code, ``--drop`` sets ``pos_drop_rate`` and ``proj_drop_rate``, not ``drop_rate`` (the head).
     """
     kwargs = {}
     if args.drop:
@@ -234,7 +234,7 @@ def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
 
 
 def build_ema(args: argparse.Namespace, start: Start, model: nn.Module) -> engine.Ema | None:
-    """The EMA of the weights: the checkpoint's where it has one, else a copy of the (loaded) model."""
+    """The EMA of the weights: when resuming or evaluating the checkpoint's, if it has one; else a copy of the model."""
     saved = start.checkpoint.get("model_ema") if start.checkpoint else None
     if args.eval and args.eval_ema and saved is None:
         raise ArgumentError(f"--eval-ema: {start.source} holds no EMA of the weights")
@@ -248,7 +248,7 @@ def build_ema(args: argparse.Namespace, start: Start, model: nn.Module) -> engin
 
 
 def release_weights(start: Start) -> None:
-    """Drops the tensors of the checkpoint, which model, EMA and optimizer have taken over: several times the model."""
+    """Drops the checkpoint's tensors, several times the model's size: model, EMA and optimizer have taken them over."""
     for name in ("model", "model_ema", "optimizer"):
         (start.checkpoint or {}).pop(name, None)
 
@@ -262,7 +262,7 @@ def build_trainer(
     amp_dtype: torch.dtype,
     prepare: nn.Module | None = None,
 ) -> engine.Trainer:
-    """Optimizer, loss, mixing and wrappers around the loaded model; ``prepare`` is that of :class:`Loaders`."""
+    """Optimizer, loss, mixing and wrappers around the loaded model; ``prepare`` is from :class:`Loaders`."""
     optimizer = optim.build_optimizer(args, model, optim.scaled_lr(args, world.world_size))
     scaler = torch.amp.GradScaler(world.device.type, enabled=amp_dtype == torch.float16)
     if start.full:
@@ -289,8 +289,8 @@ def build_trainer(
         wrapped = DistributedDataParallel(
             model,
             gradient_as_bucket_view=True,
-            # DDP regroups the gradients after a process's first step, and from three processes on gloo then adds the
-            # ranks in another order: a resumed run would differ in the last bits. This flag switches regrouping off.
+            # After a process's first step DDP regroups the gradients. With three or more processes, gloo then adds the
+            # ranks in another order, so a resumed run would differ in the last bits. This flag switches regrouping off.
             find_unused_parameters=world.device.type == "cpu" and world.world_size > 2,
         )
     return engine.Trainer(
@@ -310,7 +310,7 @@ def build_trainer(
 
 
 def build_mixup(args: argparse.Namespace, classes: int) -> Mixup | None:
-    """timm's mixing of a batch's images and targets; None where nothing is mixed."""
+    """timm's mixup and CutMix of a batch's images and targets; None if both are off."""
     if not mixup_active(args):
         return None
     return Mixup(
@@ -347,16 +347,16 @@ class Loaders(NamedTuple):
 
     train: DataLoader | None  # None with --eval
     val: DataLoader
-    prepare: nn.Module | None  # what the device still has to do with a training batch, before anything else
+    prepare: nn.Module | None  # the device's part of the training transform, applied to a batch first
     prepare_eval: nn.Module | None  # the same for batches of val and held_out
     held_out: DataLoader | None = None  # training images that --val-split keeps from training
 
 
 def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> Loaders:
-    """This rank's share of the training and of the evaluation images, as ``model`` wants them (on any device).
+    """This rank's share of the training and evaluation images, transformed for ``model`` (which may be on any device).
 
-    By default the images come as bytes and are normalised (and for training erased) on the device; with
-    ``--no-fast-loader`` they come finished. The loaders' processes are running when this returns.
+    By default the loaders yield bytes, and the device normalises them (and, for training, erases rectangles); with
+    ``--no-fast-loader`` the workers do it all. The workers are running when this returns.
     """
     options, data_config = DataOptions.from_args(args), resolve_data_config({}, model=model)
     dataset_train = prepare = prepare_eval = eval_transform = None
@@ -378,7 +378,7 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> L
     )
     sampler_train, sampler_val = build_samplers(dataset_train, dataset_val)
     common = {"num_workers": loader_processes(args), "pin_memory": args.pin_mem and world.device.type == "cuda"}
-    # Larger batches are no faster, and go through shared memory, several a worker.
+    # Larger batches are no faster, and each worker keeps several of them in shared memory.
     evaluation = common | {"batch_size": min(max(1, 3 * args.batch_size // 2), MAX_EVAL_BATCH), "drop_last": False}
     loader_val = build_loader(dataset_val, sampler_val, **evaluation)
     loader_train = loader_held_out = None
@@ -396,7 +396,7 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> L
 
 
 def loader_processes(args: argparse.Namespace) -> int:
-    """``--num_workers``, where -1 stands for the cores of this process; names cores that training would leave idle."""
+    """``--num_workers``, with -1 for all cores of this process; logs a hint if training would leave cores idle."""
     if args.num_workers == 0:
         return 0
     cores = utils.cores_of_process()
@@ -409,7 +409,7 @@ def loader_processes(args: argparse.Namespace) -> int:
 
 
 def fit_batch_size(args: argparse.Namespace, samples: int) -> int:
-    """``--batch-size``, or as much as a small data set has for each process (even, where batches are mixed)."""
+    """``--batch-size``, or fewer if a small data set has fewer samples for each process (even if batches are mixed)."""
     batch_size = min(args.batch_size, samples)
     if mixup_active(args):
         batch_size -= batch_size % 2

@@ -1,7 +1,7 @@
 """Checkpoints of a run: one function that assembles one, one that writes it, one that finds the newest.
 
 A checkpoint is a plain dict with DeiT's keys, saved by ``torch.save``, so ``torch.load(path, weights_only=True)`` reads
-it anywhere. ``oversmoothing/weights/read.py`` reads it, and says what its digest is.
+it anywhere. ``oversmoothing/weights/read.py`` reads it and defines its digest.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def assemble(
         optimizer: Its state is saved, as is the gradient scaler's if there is one.
         scaler: Has ``state_dict()``, or None.
         epoch: Last finished epoch, -1 when there is none.
-        step: Batches done of the epoch after it, 0 at the end of an epoch.
+        step: Batches done in the epoch after that, 0 at the end of an epoch.
         meters: Running sums of the unfinished epoch, empty at the end of an epoch.
         max_accuracy: Best accuracies so far, in percent.
         args: The parsed arguments; saved as a dict of JSON types, anything else as its ``str()``.
@@ -75,7 +75,7 @@ def assemble(
     checkpoint = {
         "model": strip_prefixes(model.state_dict(), "the model"),
         "model_ema": None if model_ema is None else strip_prefixes(model_ema.state_dict(), "the EMA model"),
-        # Kron's has its random state, too; optim.seed_draws sets that at every step.
+        # Kron's state also has its random state. It is left out: optim.seed_draws sets it at every step.
         "optimizer": {name: state[name] for name in ("state", "param_groups")},
         "optimizer_class": optimizer_class(optimizer),
         "scaler": None if scaler is None else scaler.state_dict(),
@@ -142,12 +142,12 @@ def write(
 ) -> None:
     """Writes a checkpoint with its digest so that a kill or power loss at any instant leaves a good file.
 
-    The new file is complete and on the disk under a temporary name before it takes the place of the old one, and the
-    old one becomes ``<stem>_prev.pth`` only after that, so even a damaged old file never replaces the last good one.
+    The new file is complete and on the disk under a temporary name before it takes the place of the old one. Only then
+    does the old one become ``<stem>_prev.pth``, so even a damaged old file never replaces the last good one.
 
-    Further names in ``copies`` are given before that, and the numbered checkpoints that ``keep`` (see `save`) leaves no
-    place for are removed: a run that is killed in between does its last steps again and does this once more, while a
-    best checkpoint that is missing afterwards would stay missing.
+    Before that, the file gets its further names in ``copies``, and numbered checkpoints beyond ``keep`` (see `save`)
+    are removed. A run that is killed in between repeats its last steps and does both again. In the other order, the
+    best checkpoint could stay missing.
 
     Raises:
         CheckpointError: It could not be written (disk full, read-only folder); what was there is untouched.
@@ -176,7 +176,7 @@ def write(
         if old.exists():
             _rename(old, previous)
     except (OSError, RuntimeError) as error:
-        # While a failed write is on its way out, torch's writer raises a RuntimeError about its position.
+        # While the exception of a failed write propagates, torch's writer raises a RuntimeError about its position.
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -190,7 +190,7 @@ def write(
 
 
 def _append_digest(file: BinaryIO) -> None:
-    """Turns the end of the zip archive just written into one with the digest as its comment (APPNOTE 4.3.16)."""
+    """Adds the digest as the comment of the zip archive just written (APPNOTE 4.3.16)."""
     end = file.seek(-22, os.SEEK_END)
     record = file.read()
     if not record.startswith(ZIP_END) or record[-2:] != b"\0\0":
@@ -203,7 +203,7 @@ def _append_digest(file: BinaryIO) -> None:
 
 
 def _duplicate(source: Path, target: Path) -> None:
-    """Gives a file a second name in one step, by a hard link, or by a copy where there are none."""
+    """Gives a file a second name in one step: by a hard link, or by a copy if the file system has no hard links."""
     temporary = _temporary_name(target)
     try:
         try:
@@ -241,8 +241,8 @@ def _temporary_name(path: Path) -> Path:
 def _numbered(folder: Path, epoch: int | None = None) -> list[Path]:
     """The files kept by ``keep``, by the epoch in their names, last first; those after ``epoch`` come at the end.
 
-    A number above that of the epoch which is saved is of an earlier, longer run, which must not win. Times of files
-    say nothing: clocks go back, and copies are new.
+    A number above the epoch being saved belongs to an earlier, longer run and must not count as newer. File times are
+    no guide: clocks go back, and copies are new.
     """
     numbers = {}
     for name in os.listdir(folder):
@@ -314,14 +314,14 @@ def can_resume(checkpoint: Mapping[str, Any], missing: list[str]) -> bool:
     """Whether training goes on from this checkpoint; otherwise it gives weights only and training starts at epoch 0.
 
     Args:
-        checkpoint: From `checkpoints.read` or `checkpoints.latest`.
+        checkpoint: From ``read_checkpoint`` or `latest`.
         missing: What `load_weights` returned; new parameters make a run a fine-tune of the checkpoint.
     """
     return isinstance(checkpoint.get("optimizer"), dict) and isinstance(checkpoint.get("epoch"), int) and not missing
 
 
 def optimizer_class(optimizer: torch.optim.Optimizer) -> str:
-    """Which optimizer wrote a state: its class, with the wrapped one's for ``lookahead_``."""
+    """Class name of an optimizer, saved with its state; for ``lookahead_`` with the wrapped optimizer's."""
     inner = f"({optimizer_class(optimizer._base_optimizer)})" if isinstance(optimizer, Lookahead) else ""
     return f"{type(optimizer).__qualname__}{inner}"
 
@@ -331,14 +331,14 @@ def load_optimizer(
 ) -> None:
     """Takes each parameter's moments and step count from ``checkpoint["optimizer"]``.
 
-    Hyper-parameters (lr, weight decay, betas) stay as the command line gave them to ``optimizer``. Before anything is
-    taken, every entry is compared with what this optimizer makes for such a parameter: its own step would not notice
-    a tensor of another shape, and write beyond its end.
+    Hyper-parameters (lr, weight decay, betas) stay as the command line gave them to ``optimizer``. Every entry is first
+    compared with the one this optimizer makes for such a parameter: its step would not notice a tensor of another
+    shape, and would write beyond its end.
 
     Args:
         optimizer: Of this run, before its first step.
-        saved: From ``read_checkpoint``.
-        saved_class: The checkpoint's ``optimizer_class``; None where an older or another program wrote it.
+        saved: The "optimizer" entry of a checkpoint from ``read_checkpoint``.
+        saved_class: The checkpoint's ``optimizer_class``; None if an older version or another program wrote it.
         source: Where it came from, for messages.
 
     Raises:
@@ -379,11 +379,11 @@ def load_optimizer(
 
 
 def _dry_run(optimizer: torch.optim.Optimizer, group: dict) -> tuple[dict, dict[str, Any]]:
-    """What an optimizer keeps: it makes steps on stand-ins, one of each shape among a group's parameters.
+    """Finds what an optimizer's state holds, by steps on stand-ins: one for each shape and type in a parameter group.
 
     Returns:
-        (shape, dtype) -> forms of the state's entries after the first step and after some; and the forms of the
-        group's own entries that are no options but change with the steps.
+        (shape, dtype) -> forms of the state's entries after the first and after the last step; and the forms of those
+        entries of the group that are not options but change with the steps.
     """
 
     def twin_of(optimizer: torch.optim.Optimizer, groups: list[dict]) -> torch.optim.Optimizer:
@@ -419,7 +419,7 @@ def _dry_run(optimizer: torch.optim.Optimizer, group: dict) -> tuple[dict, dict[
 
 
 def _form(value: Any, name: str = "") -> str:
-    """Type and shape of an entry; a choice, and a number that no step leaves behind, such as -1, are their own form."""
+    """Type and shape of an entry; a bool, or a number that no step produces (such as -1), is given as its value."""
     if isinstance(value, Tensor):
         if name == "step" and not value.dim() and not 0 <= value.item() < math.inf:
             return f"{value.item()}"
@@ -434,8 +434,8 @@ def _form(value: Any, name: str = "") -> str:
 
 
 def _fits(name: str, found: dict[str, str], wanted: dict[str, str], begun: dict[str, str]) -> bool:
-    """Whether an entry is as it should be; one that comes after some steps only may be missing."""
+    """Whether an entry has the expected form; one that appears only after several steps may be missing."""
     if name not in found:
         return name not in begun
-    # Older versions of torch counted steps by a number, where newer ones take a tensor.
+    # Older versions of torch count steps with a number, newer ones with a tensor.
     return found[name] == wanted.get(name) or (name == "step" and name in wanted and found[name] == "a number")

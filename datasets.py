@@ -2,8 +2,8 @@
 
 A file is a path, or a ``Member`` of an archive or a shard that is read in place (``archives.py``, ``shards.py``).
 
-``DataOptions`` says which images and how they are augmented, with DeiT's names and defaults. Whatever is wrong with the
-data is a ``DataError`` of one sentence that names the flag, the path and the way out.
+``DataOptions`` says which images and how they are augmented, with DeiT's names and defaults. Any fault in the data
+raises a ``DataError``: one sentence that names the flag, the path and the way out.
 """
 
 import hashlib
@@ -61,12 +61,12 @@ AUTO_AUGMENT_FAMILIES = ("rand", "augmix", "original", "originalr", "v0", "v0r",
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which images, and what becomes of them. The names are those of main.py's flags, and so are the defaults."""
+    """Which images, and how they are transformed. Names and defaults are those of main.py's flags."""
 
     data_set: str = "IMNET"  # one of DATA_SETS
     data_path: str = ""
     inat_category: str = "name"
-    num_classes: int | None = None  # of shards that do not name their classes
+    num_classes: int | None = None  # for shards that do not name their classes
     download: bool = False
     skip_bad_images: int = 0
     shard_cache: str = ""
@@ -90,7 +90,7 @@ class DataOptions:
 
     @classmethod
     def from_args(cls, args: Namespace) -> "DataOptions":
-        """Those that a command's parsed arguments have."""
+        """Options from a command's parsed arguments; those it has no flag for keep their defaults."""
         given = vars(args)
         return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
 
@@ -106,11 +106,12 @@ def build_transform(
     Args:
         is_train: Whether to augment with DeiT's recipe. Otherwise the shorter side is resized to
             ``floor(input_size / crop_pct)`` and the centre is cropped.
-        options: Up to 32 pixels training and evaluation resize to ``input_size``, and training crops with a padding
-            of 4 instead of cropping and resizing; with ``src`` likewise at any size, the padding being reflected.
+        options: With an ``input_size`` of up to 32, training and evaluation resize to it, and training then crops with
+            a padding of 4 instead of a random resized crop. With ``src`` training does so at any size, with reflected
+            padding.
         data_config: ``timm.data.resolve_data_config({}, model=model)``: ``mean``, ``std``, ``crop_pct`` and
             ``interpolation`` (of the evaluation). None: timm's defaults, those of ImageNet.
-        as_image: Whether the transform ends with the image, augmented or cropped, that is not yet a tensor.
+        as_image: Whether the transform stops before the tensor and returns the augmented or cropped image.
 
     Raises:
         DataError: If ``aa`` or ``eval_crop_ratio`` has no meaning.
@@ -128,7 +129,7 @@ def build_transform(
             separate=True,
             color_jitter=options.color_jitter,
             hflip=options.hflip,
-            # timm's name of ThreeAugment: grey, solarised from 128, or blurred with a radius of 0.1 to 2, drawn alike.
+            # timm's name of ThreeAugment: grey, solarised from 128, or blurred (radius 0.1 to 2), equally likely.
             auto_augment="3a" if options.three_augment else _auto_augment_policy(options.aa),
             interpolation=options.train_interpolation,
             mean=config["mean"],
@@ -177,7 +178,7 @@ def _auto_augment_policy(aa: str | None) -> str | None:
         raise DataError(
             f"--aa {aa!r} is no augmentation policy: use for example 'rand-m9-mstd0.5-inc1', 'original', or 'none'"
         )
-    for section in aa.split("-")[1:]:  # timm passes over those
+    for section in aa.split("-")[1:]:  # timm ignores one without a number
         if not section.startswith("t") and not any(map(str.isdigit, section)):
             raise DataError(f"--aa {aa!r}: {section!r} has no number: use for example 'rand-m9-mstd0.5-inc1'")
     return aa
@@ -196,14 +197,14 @@ def build_dataset(
 ) -> tuple[Dataset, int]:
     """Data set of the training or the evaluation images, and the number of classes.
 
-    With ``val_split``, training images lack those that :func:`build_held_out` has.
+    With ``val_split``, the training set leaves out the images of :func:`build_held_out`.
 
     Args:
         is_train: Whether to build the training set with its augmentation.
-        options: Which images, and what becomes of them.
+        options: Which images, and how they are transformed.
         data_config: As in ``build_transform``.
         transform: In place of ``build_transform``'s.
-        loader: Reads a file for it: ``load_image``, or ``open_image`` for a transform that decodes.
+        loader: Reads a file: ``load_image``, or ``open_image`` for a transform that decodes.
 
     Returns:
         The data set, whose items are (tensor of shape (3, input_size, input_size), label), and its number of classes,
@@ -225,7 +226,7 @@ def build_dataset(
 def build_held_out(
     options: DataOptions, data_config: dict[str, Any] | None = None, *, transform: Callable | None = None
 ) -> Dataset:
-    """The training images that ``val_split`` keeps from training, transformed as evaluation images are.
+    """The training images that ``val_split`` holds out, transformed like evaluation images.
 
     Args:
         options: With a ``val_split`` above 0.
@@ -267,7 +268,7 @@ def _build_split(
 
 
 class Part(Subset):
-    """Some images of a data set, with what ``SkipBadImages``, ``fingerprint`` and captions read of a whole one."""
+    """Some images of a data set, with the attributes that ``SkipBadImages``, ``fingerprint`` and captions read."""
 
     @property
     def classes(self) -> list[str]:
@@ -292,15 +293,15 @@ def split_by_class(labels: np.ndarray, share: float, seed: int) -> tuple[list[in
     """Cuts images in two, class by class.
 
     Args:
-        labels: Of the images, shape (num_images,).
-        share: Of the second part, above 0 and below 1; of each class it gets at least one image and never all.
-        seed: Of the choice, which depends on nothing else: the choice in one class not on the others.
+        labels: Labels of the images, shape (num_images,).
+        share: Share of the second part, above 0 and below 1. It gets at least one image of each class and never all.
+        seed: Seed of the choice. What is chosen in one class does not depend on the other classes.
 
     Returns:
         Sorted indices of the two parts.
 
     Raises:
-        ValueError: If a class has one image only; with its label.
+        ValueError: If a class has only one image; the message gives its label.
     """
     second: list[int] = []
     for label in np.unique(labels):
@@ -375,12 +376,12 @@ def _shards_root(options: DataOptions) -> str:
 
 
 def fingerprint(dataset: Dataset) -> dict[str, Any]:
-    """Says whether two data sets are the same list of images: their number, and the digest of names and labels.
+    """Identifies a list of images by their number and the digest of names and labels.
 
-    Names are relative to ``--data-path``, which may move. What is in the files is not looked at.
+    Names are relative to ``--data-path``, which may move. The content of the files is not read.
 
     Args:
-        dataset: From ``build_dataset``, also wrapped.
+        dataset: From ``build_dataset``; it may be wrapped.
     """
     while not hasattr(dataset, "samples") and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
@@ -466,7 +467,7 @@ def _tree_classes(options: DataOptions, root: Path, is_train: bool) -> list[str]
     """Class names of a tree with ``train/`` and ``val/``, after checking that both have the same.
 
     Labels are positions in the sorted names, so a folder that is missing on one side would shift all labels after it.
-    Evaluation does without ``train/`` where ``val/`` has every class the named data set is known for.
+    Evaluation needs no ``train/`` if ``val/`` has as many classes as the named data set.
     """
     found = {split: _split_classes(root, split) for split in ("train", "val")}
     if not is_train and found["train"] is None and len(found["val"] or ()) == NOMINAL_CLASSES.get(options.data_set):

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 
 from oversmoothing.analysis.cost import count_macs
 
-# Device, as torch.cuda.get_device_name() calls it -> dense peak in TFLOP/s. Tensor cores without sparsity and with
-# float32 sums, as torch computes; float32: without tensor cores. A MIG slice, a laptop's or a cut-down chip has another
-# peak and matches none. Source: NVIDIA's data sheets (A100, H100, H200, HGX B200, L4, L40S, V100, T4) and the white
+# Device name from torch.cuda.get_device_name() -> dense peak in TFLOP/s: tensor cores without sparsity and with float32
+# accumulation, as torch uses them; float32 without tensor cores. MIG slices, laptop chips and cut-down chips have other
+# peaks and match no row. Source: NVIDIA's data sheets (A100, H100, H200, HGX B200, L4, L40S, V100, T4) and the white
 # papers on GA102 (3090) and Ada (4090); where they give the number with sparsity, half of it.
 PEAKS: dict[str, dict[str, float]] = {
     r"NVIDIA A100.(SXM4|PCIE|PG509).\d+GB|NVIDIA A100 80GB PCIe": dict(half=312, tf32=156, float32=19.5),
@@ -32,15 +32,15 @@ PEAKS: dict[str, dict[str, float]] = {
 
 
 def peak_flops(device_name: str, dtype: torch.dtype, *, tf32: bool = False) -> float | None:
-    """Floating-point operations a second that a device can do at most, dense.
+    """Peak of a device in floating-point operations a second, dense.
 
     Args:
         device_name: As ``torch.cuda.get_device_name`` gives it.
-        dtype: In which matrices are multiplied.
+        dtype: Type of the matrix multiplications.
         tf32: Whether float32 matrices may be multiplied in TF32.
 
     Returns:
-        FLOP/s; None where the table does not know the device, or the device not the type.
+        FLOP/s; None if the table lacks the device, or the type for this device.
     """
     row = next((row for pattern, row in PEAKS.items() if re.fullmatch(pattern, device_name)), {})
     name = str(dtype).removeprefix("torch.")
@@ -54,15 +54,15 @@ def peak_flops(device_name: str, dtype: torch.dtype, *, tf32: bool = False) -> f
 def training_flops(model: nn.Module, input_size: int, device: torch.device) -> float:
     """Model FLOPs to train on one image: three forward passes (the backward pass counts two), 2 FLOPs a multiply-add.
 
-    What is recomputed (``--grad-checkpointing``), the optimizer, the EMA and a teacher do not count, by the definition
-    of MFU (PaLM, arXiv 2204.02311, appendix B).
+    By the definition of MFU (PaLM, arXiv 2204.02311, appendix B), recomputation (``--grad-checkpointing``), the
+    optimizer, the EMA and a teacher do not count.
     """
     with torch.compiler.set_stance("force_eager"):  # the counter sees operators, not compiled code
         return 6.0 * count_macs(model, torch.zeros(1, 3, input_size, input_size, device=device))
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes so far: of tensors on the device on CUDA, else resident, of this process without its loaders."""
+    """Peak bytes so far: tensors on the device for CUDA, else resident memory of this process, without its workers."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -70,9 +70,9 @@ def peak_memory(device: torch.device) -> int:
 
 
 class WatchedLoader:
-    """A loader that adds up the seconds this process waits for its batches, one epoch.
+    """A loader that adds up the seconds this process waits for its batches, over one epoch.
 
-    A GPU may work on what is queued meanwhile, so it is an upper bound of the time that loading costs.
+    A GPU may work on queued kernels meanwhile, so the sum is an upper bound of the time that loading costs.
     """
 
     def __init__(self, loader: DataLoader) -> None:
@@ -96,13 +96,13 @@ class WatchedLoader:
 
 
 class Efficiency:
-    """The numbers of each epoch.
+    """The efficiency of each epoch.
 
     Args:
-        model: Without wrappers; a forward pass counts its cost, where the device's peak is known.
-        input_size: Side of its images.
+        model: Without wrappers; if the device's peak is known, one forward pass counts the model's cost.
+        input_size: Side of its images in pixels.
         device: Where it trains.
-        amp_dtype: In which precision.
+        amp_dtype: Precision of the forward pass.
     """
 
     def __init__(self, model: nn.Module, input_size: int, device: torch.device, amp_dtype: torch.dtype) -> None:
@@ -114,7 +114,7 @@ class Efficiency:
         self.flops = training_flops(model, input_size, device) if self.peak else None
 
     def epoch(self, images: int, seconds: float, waited: float) -> dict[str, float]:
-        """Of an epoch of ``images`` images on this process: shares of 1, and GB (1e9 bytes)."""
+        """Numbers of an epoch of ``images`` images on this process: fractions of 1, and GB (1e9 bytes)."""
         numbers = {"efficiency/waiting_for_data": waited / seconds, "efficiency/peak_memory_gb": self.memory()}
         if self.peak:
             numbers["efficiency/mfu"] = images * self.flops / seconds / self.peak

@@ -30,9 +30,9 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Ema(ModelEmaV3):
-    """timm's EMA of the weights, which looks for its tensors once and not, in two state dicts, at every step.
+    """timm's EMA of the weights; it collects its tensors once, not from two state dicts at every step.
 
-    The numbers are timm's. ``model`` must stay the same: its tensors may move to another device, but not be replaced.
+    The values are timm's. ``model`` must stay the same: its tensors may move to another device, but not be replaced.
     """
 
     def __init__(self, model: nn.Module, decay: float, device: torch.device | None = None) -> None:
@@ -41,7 +41,7 @@ class Ema(ModelEmaV3):
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int | None = None) -> None:
-        """One step towards the weights of ``model``, which is unwrapped."""
+        """One step towards the weights of the unwrapped ``model``."""
         if self._pairs is None:
             ours, theirs = (m.state_dict(keep_vars=True).values() for m in (self.module, model))
             pairs = list(zip(ours, theirs, strict=True))
@@ -63,18 +63,18 @@ class Trainer:
     """What one optimizer step consists of.
 
     Attributes:
-        model: Maps images (B, 3, H, W) to logits; wrapped (DDP, compiled) as it is to be called.
-        bare_model: The same module unwrapped: what the average, the optimizer and the checkpoints see.
+        model: Maps images (B, 3, H, W) to logits; with its wrappers (DDP, compiled), ready to be called.
+        bare_model: The same module unwrapped, for the EMA, the optimizer and the checkpoints.
         criterion: ``criterion(images, outputs, targets)`` -> scalar loss.
         optimizer: Holds the parameters of ``bare_model``.
         scaler: Loss scaling; a disabled one passes everything through.
         device: Where the step runs.
         amp_dtype: Precision of the forward pass; float32 switches autocast off.
-        prepare: What the loader has left to the device, from its batch to images (B, 3, H, W); None: nothing.
+        prepare: The device's part of the transform, from the loader's batch to images (B, 3, H, W); None: nothing.
         mixup: Mixes a batch of even size and turns its class indices into distributions, or None.
         ema: Moving average of the weights, or None.
         clip_grad: Largest global norm of the gradient; None or 0 clips nothing.
-        grad_accum: Batches a step.
+        grad_accum: Batches of an optimizer step.
     """
 
     model: nn.Module
@@ -109,13 +109,13 @@ def train_one_epoch(
         trainer: The parts of a step.
         loader: Yields (images, class indices); begins at batch ``start_step`` of the epoch.
         epoch: Named in the log and in errors.
-        meters: Running means of the epoch; those of the batches before ``start_step`` are in it already.
+        meters: Running means of the epoch; they already include the batches before ``start_step``.
         start_step: Batches of this epoch that an earlier process has done.
         print_freq: Batches between console lines; only there does the host wait for the device.
         seed_step: Called with the batch's number before its random draws (erasing, mixup, dropout, drop-path).
-        begin_step: Called with the number of the optimizer step before its first batch; sets the learning rate and the
-            seed of the optimizer's draws.
-        after_step: Called with the number of batches done after each optimizer step; may save or raise.
+        begin_step: Called before the first batch of an optimizer step, with the step's number; sets the learning rate
+            and the seed of the optimizer's draws.
+        after_step: Called after each optimizer step, with the number of batches done; may save or raise.
 
     Returns:
         Means of ``loss`` and ``lr`` over the epoch and over all ranks.
@@ -158,7 +158,7 @@ def train_one_epoch(
 
 
 def forward_backward(trainer: Trainer, images: Tensor, targets: Tensor, *, sync: bool = True, parts: int = 1) -> Tensor:
-    """Adds one batch's gradient over ``parts`` and returns the loss; ranks exchange gradients only with ``sync``."""
+    """Adds a batch's gradient, divided by ``parts``; returns the loss. Ranks exchange gradients only with ``sync``."""
     if trainer.prepare is not None:
         images = trainer.prepare(images)
     if trainer.mixup is not None:
@@ -172,7 +172,7 @@ def forward_backward(trainer: Trainer, images: Tensor, targets: Tensor, *, sync:
 
 
 def optimizer_step(trainer: Trainer) -> None:
-    """Clips, steps, averages, and clears the gradients."""
+    """Clips the gradients, takes the step, clears the gradients and updates the EMA."""
     if trainer.clip_grad:
         trainer.scaler.unscale_(trainer.optimizer)
         nn.utils.clip_grad_norm_(trainer.bare_model.parameters(), trainer.clip_grad)
@@ -184,14 +184,14 @@ def optimizer_step(trainer: Trainer) -> None:
 
 
 class _Evaluator(ClassificationEvaluator):
-    """timm's, which also counts on ReaL labels where targets have them (see ``readers.real_labels``)."""
+    """timm's evaluator; it also counts accuracy on ReaL labels if targets have them (see ``readers.real_labels``)."""
 
     def reset(self) -> None:
         super().reset()
-        self.real = torch.zeros(2, dtype=torch.int64, device=self.device)  # images with such labels; of them correct
+        self.real = torch.zeros(2, dtype=torch.int64, device=self.device)  # images with ReaL labels; correct ones
 
     def update(self, output: Tensor, target: Tensor) -> None:
-        """Adds a batch: logits (B, classes), and targets (B,) or, ReaL's after the plain one, (B, 1 + labels)."""
+        """Adds a batch: logits (B, classes); targets (B,) or, with ReaL labels after the plain one, (B, 1 + labels)."""
         if target.ndim == 1:
             super().update(output, target)
             return
@@ -199,7 +199,7 @@ class _Evaluator(ClassificationEvaluator):
         super().update(output, target[:, 0])
         kept = self.num_samples - before  # the rest is a sampler's padding
         real = target[:kept, 1:]
-        predicted = output[:kept].float().topk(min(5, output.shape[1])).indices[:, :1]  # that of timm's top-1
+        predicted = output[:kept].float().topk(min(5, output.shape[1])).indices[:, :1]  # the same as timm's top-1
         self.real += torch.stack([(real >= 0).any(1).sum(), (real == predicted).any(1).sum()])
 
     def compute(self, distributed: bool = False) -> dict[str, float]:
@@ -225,22 +225,22 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and accuracy over the whole data set, exact for any number of processes and any batch size.
 
-    Sums, not means of means, are exchanged, once, at the end; images that a sampler repeats to give every rank equally
-    many are not counted.
+    The ranks exchange sums, not means, once at the end. Images that a sampler repeats to give every rank equally many
+    are not counted.
 
     Args:
         model: Unwrapped, so that ranks with fewer batches wait for nobody.
         loader: Yields (images, class indices), or the targets of ``readers.real_labels.WithRealLabels``.
         device: Where the forward pass runs.
         prepare: As in :class:`Trainer`.
-        amp_dtype: Its precision; float32 switches autocast off.
+        amp_dtype: Precision of the forward pass; float32 switches autocast off.
         print_freq: Batches between console lines.
-        shared: The loaders of the ranks share one data set among them; otherwise each has all of it.
+        shared: Whether the ranks' loaders share one data set; otherwise each has all of it.
         after_step: Called after each batch; may raise.
 
     Returns:
         ``loss`` (cross entropy, nats), ``acc1`` and ``acc5`` (percent; with fewer than five classes all of them count).
-        Where targets have ReaL labels, also ``real_acc1`` (percent) of the ``real_images`` that have any.
+        If targets have ReaL labels, also ``real_acc1`` (percent) over the ``real_images`` that have any.
     """
     model.eval()
     evaluator = _Evaluator(device, max_samples=evaluation_sample_limit(loader))
@@ -270,7 +270,7 @@ def throughput(
     """Images per second of the forward pass over one batch that is on the device already.
 
     Args:
-        model: In evaluation mode afterwards.
+        model: Is put into evaluation mode.
         images: Shape (B, 3, H, W).
         amp_dtype: Precision; float32 switches autocast off.
         warmup: Passes before the clock starts.
@@ -290,7 +290,7 @@ def throughput(
 
 
 def check_weights_are_finite(model: nn.Module, epoch: int, step: int) -> None:
-    """Waits for the device and looks at every parameter; a loss can be finite while its step spoils the weights.
+    """Waits for the device and checks every parameter: even a finite loss can lead to weights that are not finite.
 
     Raises:
         NonFiniteLossError: If a parameter holds an infinity or a NaN.
@@ -306,7 +306,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 class _FiniteLossGuard:
-    """Remembers on the device at which step the loss first was not finite; ``check`` reads it, on all ranks at once."""
+    """Keeps on the device the first step whose loss was not finite; ``check`` reads it, on all ranks at once."""
 
     NEVER = 2**62
 

@@ -1,7 +1,7 @@
 """How a command begins and ends: signals, standard streams, exit codes. It imports nothing that takes time.
 
 A training run imports for seconds before it can do anything, and its libraries still have threads when it ends.
-All that time a command answers Ctrl-C and the signals of a cluster with one sentence and an exit code.
+During all that time a command answers Ctrl-C and the signals of a cluster with one sentence and an exit code.
 """
 
 import atexit
@@ -33,14 +33,14 @@ def answer_signals(importing: bool = True) -> None:
     Args:
         importing: Whether Ctrl-C ends the process at once; otherwise the first one raises ``KeyboardInterrupt``.
     """
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell sets it for what it runs in the background
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell sets SIG_IGN for background jobs
         signal.signal(signal.SIGINT, _end_interrupted if importing else _interrupt)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _end_preempted)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGINT, _end_interrupted)  # who presses it again does not want to wait
+    signal.signal(signal.SIGINT, _end_interrupted)  # a second Ctrl-C ends the process at once
     raise KeyboardInterrupt
 
 
@@ -53,7 +53,7 @@ def _end_preempted(number: int, frame: FrameType | None) -> None:
 
 
 def _end(sentence: str, code: int) -> NoReturn:
-    try:  # not print(): the signal may have come within one
+    try:  # not print(): the signal may have interrupted one
         os.write(2, f"[rank {launcher_rank()}] {sentence}\n".encode())
     finally:
         os._exit(code)
@@ -78,7 +78,7 @@ class Console:
             return self._give_up(error) or len(text)
 
     def flush(self) -> None:
-        """As of any stream."""
+        """Flushes the stream, or gives it up if that fails."""
         try:
             self.stream.flush()
         except OSError as error:
@@ -87,7 +87,7 @@ class Console:
     def _give_up(self, error: OSError) -> None:
         self.failure = self.failure or error
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.stream.fileno())  # also for what is in the buffer, and for child processes
+        os.dup2(nowhere, self.stream.fileno())  # this also takes what is in the buffer and what child processes write
         os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
@@ -95,11 +95,11 @@ class Console:
 
 
 def explained(command: Callable[[], int | None], *errors: type[Exception]) -> int:
-    """Runs a command; what its user can correct is one sentence and an exit code.
+    """Runs a command; an error that its user can fix becomes one sentence and an exit code.
 
     Args:
         command: Returns its exit code; None: 0.
-        *errors: Classes of the errors that are sentences.
+        *errors: Classes of such errors; their message is the sentence.
     """
     try:
         return command() or 0
@@ -109,10 +109,10 @@ def explained(command: Callable[[], int | None], *errors: type[Exception]) -> in
 
 
 def user_path(text: str) -> Path:
-    """A path from the command line, with ``~`` for the user's home also where the shell leaves it (``--output=~/x``).
+    """A path from the command line; ``~`` is the user's home even where the shell keeps it (``--output=~/x``).
 
     Raises:
-        ValueError: If there can be no such path.
+        ValueError: If the text has a null character.
     """
     if "\0" in text:
         raise ValueError("a path has no null character")
@@ -122,8 +122,8 @@ def user_path(text: str) -> Path:
 def run(command: Callable[[], int | None]) -> NoReturn:
     """Runs a command and ends the process with its exit code.
 
-    The interpreter is not taken down: threads of torch that are still at work then (a rendezvous that nobody came to)
-    would abort the process with a code of their own.
+    The interpreter is not shut down: torch threads that are still at work (a rendezvous that nobody joined) would abort
+    the process with another exit code.
 
     Args:
         command: Returns its exit code; None: 0.
@@ -135,12 +135,12 @@ def run(command: Callable[[], int | None]) -> NoReturn:
             setattr(sys, name, Console(stream))
     try:
         code = command() or 0
-    except SystemExit as left:  # argparse's way out
+    except SystemExit as left:  # how argparse exits
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
         print(f"[rank {launcher_rank()}] interrupted", file=sys.stderr)
-    except BaseException:  # a fault of this repository
+    except BaseException:  # a bug of this repository
         code = 1
         traceback.print_exc()
     atexit._run_exitfuncs()  # ends loader processes, among others

@@ -14,8 +14,8 @@ from types import NoneType
 
 _logger = logging.getLogger(__name__)
 
-OTHER_LINES = "log-other-lines.txt"  # beside log.txt: what was in it and is no epoch
-# What is drawn and compared: numbers, where a line has them.
+OTHER_LINES = "log-other-lines.txt"  # beside log.txt: lines from it that are not epochs
+# What is drawn and compared. A line may lack some; those it has are numbers.
 QUANTITIES = ("train_loss", "train_lr", "test_loss", "test_acc1", "test_ema_loss", "test_ema_acc1")
 
 
@@ -26,8 +26,8 @@ class LogError(ValueError):
 class EpochLog:
     """``log.txt`` of a run, each epoch exactly once.
 
-    A line is on disk before the checkpoint that follows it. So whatever a run was killed at, the lines before its
-    resume point are all there, and those from it on are dropped here and written again.
+    A line is on disk before the checkpoint of its epoch. So wherever a run was killed, all lines before its resume
+    point are there. Lines from that point on are dropped here and written again.
     """
 
     def __init__(self, path: Path, start_epoch: int) -> None:
@@ -59,17 +59,17 @@ class EpochLog:
 
 
 def read_log(source: Path) -> list[dict[str, float]]:
-    """Reads a run's epochs in order, for programs that show them: what is no epoch is an error.
+    """Reads a run's epochs in order, for programs that show them; a line that is not an epoch is an error.
 
     Args:
         source: The run's ``log.txt``, or the folder that holds it.
 
     Returns:
-        One dict an epoch. Of an epoch that occurs twice the later line counts; a last line cut short is left out, and
-        so are values that are not finite.
+        One dict an epoch. If an epoch occurs twice, the later line counts. A last line cut short is left out, and so
+        are values that are not finite.
 
     Raises:
-        LogError: If there is no such file, or no epoch in it.
+        LogError: If the file is missing or cannot be read, has a line that is not an epoch, or has no epoch.
     """
     path = source / "log.txt" if source.is_dir() else source
     try:
@@ -93,9 +93,9 @@ def read_log(source: Path) -> list[dict[str, float]]:
 
 
 def _sort(content: bytes) -> tuple[list[dict], list[bytes]]:
-    """The epochs in order, and the lines that are none, as people and other programs leave them.
+    """The epochs in order, and all other lines, such as people and other programs add.
 
-    Of an epoch that occurs twice the later line counts.
+    If an epoch occurs twice, the later line counts and the earlier one is among the others.
     """
     epochs: dict[int, tuple[dict, bytes]] = {}
     others = []
@@ -110,7 +110,7 @@ def _sort(content: bytes) -> tuple[list[dict], list[bytes]]:
 
 
 def _parse(content: bytes) -> Iterator[tuple[int, bytes, dict | None]]:
-    """Each line that is not empty, but for a last one cut short by a kill: number from 1, text, and epoch or None."""
+    """Number (from 1), text and epoch (or None) of each line; empty ones and a last one cut short are left out."""
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     for number, text in enumerate(lines, start=1):
         if not text.strip():

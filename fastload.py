@@ -1,4 +1,4 @@
-"""The fast way from image files to training batches: the plain way's draws and pictures, with less work for the CPU.
+"""The fast path from image files to training batches: the plain path's draws and images, with less work for the CPU.
 
 ``datasets.build_transform`` decodes whole files, resizes with Pillow and hands normalised floats from process to
 process. Here, with the same draws in the same order:
@@ -6,14 +6,14 @@ process. Here, with the same draws in the same order:
 - a crop is drawn before its file is decoded, and large JPEG files are decoded at the scale that the crop needs;
 - the crop is resized by torch's 8-bit kernel, five times as fast as Pillow and with the same antialiasing filter: of
   1,000 values about four differ, by one of 255 levels;
-- bytes travel to the device, a quarter of the memory; ``DeviceTransform`` normalises them there, on a CPU to the bit
-  as ``ToTensor`` and ``Normalize`` do, and erases rectangles.
+- images travel to the device as bytes, in a quarter of the memory; ``DeviceTransform`` normalises them there (on a CPU
+  to the bit as ``ToTensor`` and ``Normalize`` do) and erases rectangles.
 
-So an image is the plain way's but for those levels. Only the erased rectangles are drawn from another stream: the
-step's instead of the sample's, which is as independent of workers and restarts.
+So an image equals the plain path's except for those levels. Only the erased rectangles are drawn from another stream,
+the step's instead of the sample's. It, too, does not depend on workers and restarts.
 
-Evaluation images are cropped and resized by Pillow, as plainly, and travel as bytes too: on a CPU their values are the
-plain ones to the bit.
+Evaluation images are cropped and resized by Pillow, as in the plain path, and also travel as bytes: on a CPU their
+values are the plain path's to the bit.
 """
 
 import math
@@ -36,8 +36,9 @@ import datasets
 from datasets import DataOptions
 from readers.images import decode, open_image
 
-# A reduced image has at least this many pixels for each one of the result, along both sides. With 2 the result is
-# within 0.6 levels of the full decoding's on average and as sharp (1%); with 1 it loses up to 5% of its gradients.
+# An image decoded at reduced scale has at least this many pixels for each one of the result, along both sides. With 2
+# the result is within 0.6 levels of full decoding on average and as sharp (1%); with 1 it loses up to 5% of its
+# gradients.
 REDUCING_GAP = 2
 TORCH_FILTERS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 
@@ -63,7 +64,7 @@ class RandomResizedCropOfFile(RandomResizedCropAndInterpolation):
         reduction = min(height / self.size[0], width / self.size[1]) / REDUCING_GAP
         box = (left, top, left + width, top + height)
         if reduction >= 2 and (scale := _reduce(image, reduction)) < 1:
-            # The crop has fractions of reduced pixels at its border, which only Pillow's resize can take.
+            # The crop's border lies within reduced pixels; only Pillow's resize takes such a box.
             box = tuple(scale * edge for edge in box)
             return decode(image).resize(self.size[::-1], str_to_pil_interp(interpolation.value), box=box)
         pixels = _to_bytes(decode(image).crop(box))
@@ -99,7 +100,7 @@ def build_transform(options: DataOptions, data_config: dict[str, Any] | None = N
 
 
 def build_eval_transform(options: DataOptions, data_config: dict[str, Any] | None = None) -> transforms.Compose:
-    """``datasets.build_transform(False, ...)`` up to normalisation; result as of :func:`build_transform`."""
+    """``datasets.build_transform(False, ...)`` up to normalisation, with the same result as :func:`build_transform`."""
     transform = datasets.build_transform(False, options, data_config, as_image=True)
     transform.transforms.append(_to_bytes)
     return transform
@@ -111,7 +112,7 @@ def _to_bytes(image: Image.Image) -> Tensor:
 
 
 def build_dataset(options: DataOptions, data_config: dict[str, Any] | None = None) -> tuple[Dataset, int]:
-    """Training data set with images of uint8 and its number of classes; else as ``datasets.build_dataset``."""
+    """Training data set of uint8 images, and its number of classes; otherwise as ``datasets.build_dataset``."""
     transform = build_transform(options, data_config)
     return datasets.build_dataset(True, options, data_config, transform=transform, loader=open_image)
 
@@ -160,7 +161,7 @@ def build_device_transform(
     *,
     is_train: bool = True,
 ) -> DeviceTransform:
-    """What ``build_transform``, or else ``build_eval_transform``, leaves to the device; the arguments are the same."""
+    """What ``build_transform`` or ``build_eval_transform`` leaves to the device; the arguments are the same."""
     config = data_config or resolve_data_config(
         pretrained_cfg={"input_size": (3, options.input_size, options.input_size)}
     )

@@ -75,7 +75,7 @@ def fit(
         meters = utils.Meters(world.device, sums)
         loader_train.sampler.set_epoch(epoch, start=first_step * loader_train.batch_size)
         steps = first_step + len(loader_train)
-        if first_step:  # an epoch that was stopped after its last batch is saved with the rate of that one
+        if first_step:  # an epoch that was stopped after its last batch is saved with that batch's rate
             begin_step(trainer, plan, args.seed, epoch, (first_step - 1) // args.grad_accum)
         after_step = partial(save_or_stop, args, saver, stop, epoch, meters)
         tracer = None
@@ -133,13 +133,13 @@ def fit(
 
 
 def check_images(start: Start, loader_train: DataLoader, world: World) -> tuple[Start, dict[str, Any]]:
-    """Compares the training images with those of the checkpoint; the rest of an epoch makes sense with the same only.
+    """Compares the training images with the checkpoint's; an epoch can only be continued on the same images.
 
     Returns:
-        The start, at the beginning of its epoch if they differ, and ``datasets.fingerprint`` of the images.
+        The start (at the beginning of its epoch if they differ), and ``datasets.fingerprint`` of the images.
 
     Raises:
-        SetupError: On all ranks, if they do not have the same images.
+        SetupError: On all ranks, if the ranks do not have the same images.
     """
     data = datasets.fingerprint(loader_train.dataset)
     utils.check_agreement(world, "the list of training images", data, "--data-path")
@@ -156,7 +156,7 @@ def check_images(start: Start, loader_train: DataLoader, world: World) -> tuple[
 
 
 def begin_step(trainer: engine.Trainer, plan: optim.LRPlan, seed: int, epoch: int, step: int) -> None:
-    """Puts the plan's rate for optimizer step ``step`` of ``epoch`` into force, and the seed of its draws."""
+    """Sets the plan's rate for optimizer step ``step`` of ``epoch``, and the seed of the optimizer's draws."""
     optim.set_lr(trainer.optimizer, plan(epoch, step))
     optim.seed_draws(trainer.optimizer, seed, epoch, step)
 
@@ -169,7 +169,7 @@ def open_recorder(
     effective_batch: int,
     about: list[str],
 ) -> reporting.Recorder:
-    """Rank 0's recorder, with what ``--spectrum-every`` and ``--log-wandb`` ask for; a run that begins is described."""
+    """Rank 0's recorder, with what ``--spectrum-every`` and ``--log-wandb`` ask for; describes a run that begins."""
     model = trainer.bare_model
     watch = reporting.watch_spectrum(
         model, args.model, loaders.val.dataset, args.spectrum_every, prepare=loaders.prepare_eval, device=trainer.device
@@ -204,7 +204,7 @@ def open_recorder(
 def open_tracer(
     args: argparse.Namespace, trainer: engine.Trainer, epoch: int, first_step: int, steps: int
 ) -> tracing.Tracer:
-    """What ``--profile`` asks for, of an epoch with ``steps`` optimizer steps left."""
+    """The tracer of ``--profile``, for an epoch with ``steps`` optimizer steps left."""
     file = Path(args.output_dir) / "profile" / f"epoch-{epoch}-from-step-{first_step}.json.gz"
     return tracing.Tracer(file, args.profile, steps, trainer.device)
 
@@ -212,7 +212,7 @@ def open_tracer(
 def record(
     recorder: reporting.Recorder | None, world: World, line: dict, model: nn.Module, speed: dict[str, float]
 ) -> None:
-    """Lets rank 0, which has the recorder, write an epoch; before its checkpoint: see ``EpochLog``."""
+    """Lets rank 0, which has the recorder, write an epoch. This comes before its checkpoint: see ``EpochLog``."""
     utils.on_rank_zero(world, lambda: recorder.epoch(line, model, speed))
 
 
@@ -233,7 +233,7 @@ def save_or_stop(
 def stop_if_asked(
     args: argparse.Namespace, saver: "Saver", stop: utils.StopSignal, epoch: int, meters: utils.Meters, done: int
 ) -> None:
-    """Saves and leaves if a signal came; after all batches of an epoch, a resumed run goes on with its evaluation.
+    """Saves and leaves if a signal came; if all batches are done, a resumed run goes on with the evaluation.
 
     Raises:
         Preempted: On all ranks together, after the save.
@@ -250,13 +250,13 @@ class Saver:
     def __init__(
         self, args: argparse.Namespace, trainer: engine.Trainer, world: World, max_accuracy: dict, data: dict
     ) -> None:
-        # The remedies as they are in the model, wherever they came from: what rebuilds it.
+        # The model's remedies, whether from flags or from a checkpoint: they are needed to rebuild it.
         remedies = {"remedy": remedies_of(trainer.bare_model), "remedy_kwargs": {}}
         self.args = argparse.Namespace(**(vars(args) | {"world_size": world.world_size} | remedies))
         self.trainer, self.world, self.max_accuracy, self.data = trainer, world, max_accuracy, data
 
     def note(self, stats: dict[str, float]) -> bool:
-        """Takes an evaluation in; whether its ``acc1`` is the best so far."""
+        """Updates the best accuracies; returns whether this ``acc1`` is the best so far."""
         best = stats["acc1"] > self.max_accuracy.get("acc1", -math.inf)
         for name in ("acc1", "ema_acc1"):
             if name in stats:
@@ -264,7 +264,7 @@ class Saver:
         return best
 
     def save(self, epoch: int, *, step: int = 0, meters: utils.Meters | None = None, is_best: bool = False) -> None:
-        """Writes the state after ``epoch`` and ``step`` further batches. A collective: ranks differ in their meters.
+        """Writes the state after ``epoch`` and ``step`` further batches. A collective: it gathers the ranks' meters.
 
         Raises:
             NonFiniteLossError: On all ranks, if a weight is not finite; the checkpoint on disk stays as it is.
@@ -307,10 +307,10 @@ def evaluate_with_ema(
     after_step: Callable[[], None] = lambda: None,
     images: str = "test",
 ) -> dict[str, float]:
-    """Accuracy of the model and, where there is one, of its EMA: what ``engine.evaluate`` returns, and ``ema_*``.
+    """Accuracy of the model and, if there is one, of its EMA: what ``engine.evaluate`` returns, and ``ema_*``.
 
-    ``prepare`` is what the loader has left to the device. ``after_step`` is called after each batch, equally often on
-    every rank, and may raise. ``images`` is what the log calls them.
+    ``prepare`` is the device's part of the transform. ``after_step`` is called after each batch, equally often on every
+    rank, and may raise. ``images`` is what the log calls the images.
     """
     stats = {}
     for prefix, network in (("", model), ("ema_", ema.module if ema is not None else None)):

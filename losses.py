@@ -1,4 +1,4 @@
-"""The training criterion: cross entropy in the form that the targets ask for, or binary, with or without a teacher."""
+"""The training criterion: cross entropy in the form that fits the targets, or binary, with or without a teacher."""
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,8 @@ def build_criterion(
         mixup_active: Mixup or CutMix is on, so targets are distributions (B, num_classes) that carry the smoothing.
         smoothing: Label smoothing for class-index targets.
         bce: Binary cross entropy of each class, averaged over classes and images; a class is present (1) if it has any
-            share in the target, else absent (0). Targets must carry no smoothing, which gives every class a share.
-            As the code of DeiT III (arXiv 2204.07118).
+            share in the target, else absent (0). Targets must not be smoothed: that would give every class a share.
+            As in the code of DeiT III (arXiv 2204.07118).
         teacher: The frozen teacher; needed unless ``distillation_type`` is "none".
         distillation_type: "none", "soft" or "hard".
         alpha: Weight of the distillation loss, 0 to 1.
@@ -43,9 +43,9 @@ def build_criterion(
 class DistillationLoss(nn.Module):
     """``(1 - alpha) base(class logits, targets) + alpha distillation(distillation logits, teacher logits)``.
 
-    "hard" is the cross entropy with the teacher's decision. "soft" is the KL divergence of the tempered distributions
-    times ``tau**2``, divided by the number of logits B * num_classes: DeiT's convention, small by design
-    (arXiv 2012.12877, section 4).
+    "hard" is the cross entropy with the teacher's decision. "soft" is the KL divergence between the distributions at
+    temperature ``tau``, times ``tau**2``, divided by the number of logits B * num_classes: DeiT's convention, small by
+    design (arXiv 2012.12877, section 4).
 
     Args:
         base_criterion: Loss of the class logits.

@@ -9,7 +9,7 @@
 import entry
 
 if __name__ == "__main__":
-    entry.answer_signals()  # while what follows is imported, which takes seconds
+    entry.answer_signals()  # during the imports below, which take seconds
 
 import argparse
 import json
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
     output_dir = None if args.eval or args.throughput else args.output_dir
     with explain_loader_errors():
         start = build.Start() if args.auto_reload else build.find_start(args)
-        # Loader processes are forked before this one has threads: a fork copies the locks that they hold.
+        # Workers are forked before this process has threads: a fork copies the locks that threads hold.
         loaders = None if args.throughput else build.build_loaders(args, sketch, world)
         with (
             utils.process_group(args.device, args.dist_url, args.dist_timeout),
@@ -112,7 +112,7 @@ def cli() -> int:
         print(f"[rank {rank}] interrupted", file=sys.stderr, flush=True)
         return entry.EXIT_INTERRUPTED
     except (ArgumentError, CheckpointError, ModelError, datasets.DataError, utils.SetupError) as error:
-        # An error of a loader process comes with that process's traceback before its last line.
+        # An error from a worker starts with the worker's traceback; its last line is the sentence.
         sentence = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         return entry.EXIT_BAD_INPUT

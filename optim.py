@@ -14,11 +14,11 @@ from timm.optim.kron import Kron
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
-# One kernel for many parameters. Under a loss scaler it also skips a step with infinite gradients on the device; the
-# other kinds let the host wait for the device at every step to know.
+# One kernel for many parameters. Under a loss scaler it also skips a step with infinite gradients on the device. With
+# other optimizers the host has to wait for the device at every step to decide.
 HAVE_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
-# Arguments of optimizers that have a flag of their own, and the flag.
+# Optimizer arguments that have their own flag, and the flag.
 FLAGS = {
     "lr": "--lr",
     "weight_decay": "--weight-decay",
@@ -27,19 +27,19 @@ FLAGS = {
     "momentum": "--momentum",
     "layer_decay": "--layer-decay",
 }
-# Arguments without a use here: CUDA graphs, gradients of the step, training backwards; and see seed_draws.
+# Arguments of no use here: for CUDA graphs, gradients of the step, maximising; and for draws, see seed_draws.
 NOT_HERE = ("capturable", "differentiable", "maximize", "deterministic")
 MAX_OWN, MAX_NS_STEPS = 10**9, 100  # a mistyped number of iterations would take years
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 
 
 def scaled(rate: float, args: argparse.Namespace, world_size: int) -> float:
-    """A rate given for 512 images a step, for the images that a step really has: it grows linearly with them."""
+    """A rate given for 512 images a step, scaled linearly to the images of this run's steps."""
     return rate * args.batch_size * args.grad_accum * world_size / 512.0
 
 
 def scaled_lr(args: argparse.Namespace, world_size: int) -> float:
-    """``--lr``, which is for 512 images a step; with ``--unscale-lr`` for as many as there are."""
+    """``--lr`` scaled from 512 images a step to this run's; with ``--unscale-lr`` unchanged."""
     return args.lr if args.unscale_lr else scaled(args.lr, args, world_size)
 
 
@@ -49,10 +49,10 @@ def plain_name(opt: str) -> str:
 
 
 def optimizer_class(opt: str) -> type[torch.optim.Optimizer]:
-    """The class of an optimizer of timm, with ``lookahead_`` the wrapped one's.
+    """The class of a timm optimizer; with ``lookahead_`` that of the wrapped one.
 
     Raises:
-        Exception: Of several kinds, where timm does not know it or it needs a package or a device that is not here.
+        Exception: Of several kinds, if timm does not know it, or the package or device it needs is missing.
     """
     return get_optimizer_class(plain_name(opt), bind_defaults=False)
 
@@ -60,7 +60,7 @@ def optimizer_class(opt: str) -> type[torch.optim.Optimizer]:
 class Argument(NamedTuple):
     """An argument of an optimizer: the type that its signature declares, its default, and its largest value.
 
-    The optimizers themselves refuse few values; below 0, an argument is only where its default is.
+    The optimizers themselves refuse few values. An argument may be negative only if its default is.
     """
 
     hint: Any
@@ -87,7 +87,7 @@ class Argument(NamedTuple):
 def own_arguments(opt: str) -> dict[str, Argument]:
     """What ``--opt-kwargs`` may hold for an optimizer: its constructor's arguments without those of :data:`FLAGS`.
 
-    Muon takes timm's two arguments on which parameters its AdamW gets, too.
+    Muon also takes timm's two arguments that choose the parameters for its AdamW.
     """
     cls = optimizer_class(opt)
     hints, defaults = get_type_hints(cls.__init__), get_optimizer_info(plain_name(opt)).defaults or {}
@@ -133,14 +133,14 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> to
     """timm's optimizer over two groups: no decay (1-D parameters, biases, tokens, position embeddings), then decay.
 
     With ``--layer-decay``: two such groups for each layer of the model's ``group_matcher``, with its ``lr_scale``.
-    ``--opt-kwargs`` go to its constructor; the names of :data:`DTYPES` become types where it takes these.
+    ``--opt-kwargs`` go to its constructor; names in :data:`DTYPES` become types for arguments that take a type.
     """
     kwargs = optimizer_kwargs(args) | {"lr": lr}
     cls, own = optimizer_class(args.opt), dict(args.opt_kwargs)
     if issubclass(cls, HAVE_FUSED) and not own.get("foreach"):
         kwargs["fused"] = True
     if cls is Kron:
-        kwargs["deterministic"] = True  # it draws from its own generator alone: see seed_draws
+        kwargs["deterministic"] = True  # it then draws from its own generator alone: see seed_draws
     if own:
         known = own_arguments(args.opt)
         for name, value in own.items():
@@ -152,7 +152,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> to
 def seed_draws(optimizer: torch.optim.Optimizer, *address: int) -> None:
     """Makes an optimizer's random draws of a step a function of ``address``, such as (seed, epoch, step).
 
-    Kron is the only one that draws. Its draws must not depend on the rank, or the processes' weights would part.
+    Kron is the only one that draws. Its draws must not depend on the rank, or the processes' weights would diverge.
     """
     plain = getattr(optimizer, "_base_optimizer", optimizer)
     if isinstance(plain, Kron):
@@ -194,19 +194,19 @@ class LRPlan:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Puts ``lr`` into force for every group (times the group's ``lr_scale``, where layer-wise decay gave it one)."""
+    """Sets ``lr`` for every group (times the group's ``lr_scale`` under layer-wise decay)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def describe_layer_decay(optimizer: torch.optim.Optimizer) -> str:
-    """One line for the run's head: which parts of the plan's rate the layers get, from the stem to the head."""
+    """One line for the start of the log: the layers' fractions of the plan's rate, from the stem to the head."""
     scales = sorted({group.get("lr_scale", 1.0) for group in optimizer.param_groups})
     return f"LR by layer, stem to head, in parts of the plan: {'  '.join(f'{scale:.3g}' for scale in scales)}"
 
 
 def describe_plan(args: argparse.Namespace, plan: LRPlan, world_size: int) -> str:
-    """Two lines for the run's head: how the base rate comes about, and the rate at the turning points of the plan."""
+    """Two lines for the start of the log: how the base rate is computed, and the rate at turning points of the plan."""
     turns = sorted(
         {0, 1, 2, args.warmup_epochs + 1, args.epochs // 4, args.epochs // 2, 3 * args.epochs // 4, args.epochs - 1}
     )
