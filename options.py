@@ -17,7 +17,7 @@ PATHS = ("output_dir", "resume", "finetune", "teacher_path", "data_path", "shard
 
 
 class Interval(NamedTuple):
-    """Numbers from ``low`` to ``high``; ``above`` and ``below`` leave the end itself out. Never infinite or NaN."""
+    """Finite numbers from ``low`` to ``high``; ``above`` excludes ``low``, ``below`` excludes ``high``."""
 
     low: float
     high: float = math.inf
@@ -42,8 +42,8 @@ class Interval(NamedTuple):
         return f"{at_least}, {'below' if self.below else 'at most'} {high}"
 
 
-# What each number (each one of a list) must lie in. The upper ends of counts are far above any run: they keep a
-# mistyped number from taking all memory or years.
+# The allowed interval of each number (of each one in a list). Upper ends of counts are far above any real run: without
+# them a mistyped number could take all memory, or years.
 RANGES = {
     **dict.fromkeys(("batch_size", "grad_accum", "print_freq", "epochs"), Interval(1, 10**6)),
     **dict.fromkeys(("start_epoch", "warmup_epochs", "spectrum_every"), Interval(0, 10**6)),
@@ -121,12 +121,12 @@ class KeyValues(ParseKwargs):
                 parser.error(f"argument {option_string}: {word!r} is not of the form KEY=VALUE, e.g. depth=24")
         try:
             super().__call__(parser, namespace, values, option_string)
-        except (MemoryError, RecursionError, TypeError) as error:  # literal_eval on what is far too large or deep
+        except (MemoryError, RecursionError, TypeError) as error:  # literal_eval fails so on huge or deeply nested text
             parser.error(f"argument {option_string}: a value cannot be read ({type(error).__name__})")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Replaces ``~`` in paths also where the shell does not, as in ``--output_dir=~/run``."""
+    """Replaces ``~`` in paths even where the shell does not, as in ``--output_dir=~/run``."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
         parsed, unknown = super().parse_known_args(args, namespace)
@@ -660,7 +660,7 @@ def check_args(args: argparse.Namespace) -> None:
             require(all(map(interval.holds, values)), f"{spell(args, name)}: give a {whole} {interval}")
     for name, choices in CHOICES.items():
         require(getattr(args, name) in choices, f"{spell(args, name)}: give one of {', '.join(choices)}")
-    for name, value in args.model_kwargs.items():  # rates of dropout, which their modules look at only in training
+    for name, value in args.model_kwargs.items():  # dropout rates: modules check them only in training
         if name.endswith("_rate"):
             number = isinstance(value, int | float) and Interval(0, 1).holds(value)
             require(number, f"--model-kwargs {name}={value}: give a number from 0 to 1")
@@ -746,7 +746,7 @@ def check_args(args: argparse.Namespace) -> None:
         args.lr_noise is None or len(args.lr_noise) <= 2,
         f"{spell(args, 'lr_noise')}: give where the noise begins, or where it begins and where it ends",
     )
-    # timm draws until the noise is within its limit.
+    # timm draws again until the noise is within its limit.
     require(
         args.lr_noise is None or args.lr_noise_std <= 100 * args.lr_noise_pct,
         f"{spell(args, 'lr_noise_std', 'lr_noise_pct')}: the noise is hardly ever within its limit; "

@@ -31,7 +31,7 @@ from options import ArgumentError, get_args_parser, mixup_active, spell
 from oversmoothing.weights import ModelError
 from writers import check_wandb
 
-ANY_CLASSES = 3  # while the data set has not been counted
+ANY_CLASSES = 3  # stands in before the data set's classes are counted
 OWN_ERRORS = (ArgumentError, DataError, ModelError, utils.SetupError)  # they name the flag already
 MODEL_FLAGS = (
     *("model", "model_kwargs", "remedy", "remedy_kwargs", "input_size", "drop", "drop_path", "grad_checkpointing"),
@@ -53,7 +53,7 @@ MIXING_FLAGS = (
 
 
 def check_flags(args: argparse.Namespace, world_size: int = 1) -> nn.Module:
-    """Builds and uses once, on a small scale, what ``args`` describe; call it after ``check_args``.
+    """Builds everything ``args`` describe on a small scale and uses it once; call it after ``check_args``.
 
     Args:
         args: The parsed arguments.
@@ -63,7 +63,7 @@ def check_flags(args: argparse.Namespace, world_size: int = 1) -> nn.Module:
         The model of ``--model`` on the meta device, for its data configuration.
 
     Raises:
-        ArgumentError: If a flag has no meaning, with its value.
+        ArgumentError: If a flag's value is not usable; with that value.
         ModelError: If the model does not exist or cannot be built.
         SetupError: If ``--log-wandb`` asks for a package that is not installed.
     """
@@ -102,10 +102,10 @@ def check_recipe(args: argparse.Namespace, model: nn.Module, world_size: int = 1
 
 @contextmanager
 def blame(args: argparse.Namespace, *names: str) -> Iterator[None]:
-    """Any exception within becomes a sentence with those of the flags ``names`` that were given, or else the first.
+    """Turns any exception within into a sentence with the given flags among ``names``, or else the first of them.
 
     Raises:
-        ArgumentError: In its place; errors that name a flag already pass.
+        ArgumentError: In its place; errors that already name a flag pass unchanged.
     """
     try:
         yield
@@ -146,7 +146,7 @@ def _check_logits(what: str, model: nn.Module, size: int, classes: int) -> None:
     try:
         with torch.inference_mode():
             logits = model.eval()(images)
-    except NotImplementedError:  # an operator that knows no meta device
+    except NotImplementedError:  # an operator without a form for the meta device
         return
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "")
@@ -224,8 +224,8 @@ def check_optimizer(args: argparse.Namespace, model: nn.Module) -> None:
 
 
 def step_once(args: argparse.Namespace) -> None:
-    """Steps of the optimizer: some look at their arguments only there, some give NaN for what they should refuse."""
-    probe = nn.Linear(8, 8)  # Muon takes no smaller ones than 4 x 4 for a matrix
+    """Runs the optimizer: some check their arguments only in a step, some give NaN for values they should refuse."""
+    probe = nn.Linear(8, 8)  # Muon treats nothing smaller than 4 x 4 as a matrix
     own = {name: value for name, value in args.opt_kwargs.items() if name != "fallback_list"}
     reduced = argparse.Namespace(**(vars(args) | {"layer_decay": None, "opt_kwargs": own}))
     optimizer = optim.build_optimizer(reduced, probe, args.lr)

@@ -47,7 +47,7 @@ def describe_model(name: str, model: nn.Module, input_size: int, device: torch.d
 
 
 SPECTRUM_IMAGES = 32
-# In TensorBoard a group of curves each, one curve a layer. The lambdas have theirs in every epoch.
+# Each is a group of curves in TensorBoard, one curve a layer. The lambdas get theirs in every epoch.
 SPECTRUM_CURVES = (
     "spectrum_hc_dc_attention",
     "spectrum_hc_dc_residual",
@@ -61,9 +61,10 @@ SPECTRUM_CURVES = (
 class SpectrumWatch:
     """``--spectrum-every``: how smooth the features are, layer by layer, on the same few images each time.
 
-    A report is one forward pass of 32 images, in float32, on rank 0. An epoch of ImageNet costs as much as 3.9 million
-    (1.28 million forward and backward, 50,000 to evaluate): 32 are under 1 % of one rank's share even if each costs ten
-    times as much as in training and 64 ranks share the epoch. Nothing is drawn at random, every mode is put back.
+    A report is one forward pass of 32 images, in float32, on rank 0. An epoch of ImageNet costs as much as the forward
+    passes of 3.9 million images (1.28 million forward and backward, 50,000 to evaluate). So 32 are under 1 % of one
+    rank's share, even if each costs ten times as much as in training and 64 ranks share the epoch. A report draws
+    nothing at random and restores every module's mode.
 
     Attributes:
         images: Shape (B, 3, H, W), in host memory.
@@ -97,14 +98,14 @@ def watch_spectrum(
     prepare: Callable[[Tensor], Tensor] | None = None,
     device: torch.device | str = "cpu",
 ) -> SpectrumWatch | None:
-    """What ``--spectrum-every`` asks for; None if it is off, or, with a warning, if the model cannot be looked into.
+    """The watch of ``--spectrum-every``; None if it is off or, with a warning, if the model is not supported.
 
     Args:
         model: Without wrappers.
         name: Of the model, for the warning.
-        dataset: Evaluation images, of which 32 are taken at even distances: trees of folders are ordered by class.
+        dataset: Evaluation images; 32 evenly spaced ones are taken, because folder trees are ordered by class.
         every: Epochs between reports; 0: none.
-        prepare: What the data set has left to the device (see ``engine.Trainer``), or None.
+        prepare: The device's part of the transform (see ``engine.Trainer``), or None.
         device: Where ``prepare`` works.
     """
     if not every:
@@ -132,14 +133,14 @@ def sample_sheet(
     device: torch.device,
     seed: int,
 ) -> np.ndarray:
-    """The first training samples of rank 0, as the model gets them but for mixing, above the names of their classes.
+    """The first training samples of rank 0 as the model gets them, except for mixing, above their class names.
 
-    They are drawn as training draws them, addressed by the seed, so looking at them changes no draw of the run. Not
-    through an iterator of ``loader``, which would draw a seed from torch's generator.
+    They are drawn as in training, addressed by the seed, so the picture changes no draw of the run. An iterator of
+    ``loader`` is not used: it would draw a seed from torch's generator.
 
     Args:
         loader: Of the training images, at the start of epoch 0.
-        prepare: What the loader has left to the device (see ``engine.Trainer``), or None.
+        prepare: The device's part of the transform (see ``engine.Trainer``), or None.
         data_config: ``timm.data.resolve_data_config({}, model=model)``: ``mean`` and ``std`` of the normalisation.
         device: Where ``prepare`` works.
         seed: Of the run.
@@ -160,7 +161,7 @@ def sample_sheet(
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
-    """The names of the labels, from whichever of the nested data sets has them."""
+    """The names of the labels, from the first of the nested data sets that has them."""
     while not hasattr(dataset, "classes"):
         dataset = getattr(dataset, "dataset", None)
         if dataset is None:
@@ -176,14 +177,14 @@ def _contact_sheet(pixels: np.ndarray, captions: list[str]) -> np.ndarray:
     rows = math.ceil(len(pixels) / SAMPLES_A_ROW)
     sheet = Image.new("RGB", (width * min(len(pixels), SAMPLES_A_ROW), height * rows), "white")
     for number, (picture, caption) in enumerate(zip(pixels, captions, strict=True)):
-        tile = Image.new("RGB", (width, height), "white")  # cuts off what is too long of the caption
+        tile = Image.new("RGB", (width, height), "white")  # cuts off a caption that is too long
         tile.paste(Image.fromarray(picture), (1, 0))
         ImageDraw.Draw(tile).text((2, pixels.shape[1] + 1), str(caption), fill="black")
         sheet.paste(tile, (number % SAMPLES_A_ROW * width, number // SAMPLES_A_ROW * height))
     return np.asarray(sheet)
 
 
-# Where and how a run computes, not what: no columns of the page that compares runs.
+# Where and how a run computes, not what: these get no column on the page that compares runs.
 _NO_HPARAMS = frozenset({
     *("output_dir", "data_path", "num_workers", "pin_mem", "device", "print_freq", "spectrum_every", "download"),
     *("log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id", "profile"),
@@ -193,9 +194,9 @@ _NO_HPARAMS = frozenset({
 
 
 def hyper_parameters(args: argparse.Namespace, effective_batch: int) -> dict[str, float | str]:
-    """The flags that make a run what it is, for TensorBoard's page of hyper-parameters: numbers, everything else text.
+    """The flags that define a run, for TensorBoard's page of hyper-parameters: numbers, and text for all else.
 
-    The types depend on the flag alone, since TensorBoard takes those of one run for all.
+    A flag always gets the same type, since TensorBoard applies the types of one run to all.
     """
     default = options.get_args_parser().get_default
     table: dict[str, float | str] = {"effective_batch": effective_batch}
@@ -206,7 +207,7 @@ def hyper_parameters(args: argparse.Namespace, effective_batch: int) -> dict[str
 
 
 def run_page(args: argparse.Namespace, about: list[str]) -> str:
-    """Markdown of what the run is: its command, the lines ``about`` it, and the flags that are not at their default."""
+    """Markdown that describes the run: its command, the lines ``about`` it, and the flags not at their default."""
     default = options.get_args_parser().get_default
     changed = {name: value for name, value in vars(args).items() if value != default(name)}
     rows = [f"| `--{name.replace('_', '-')}` | `{value}` |" for name, value in changed.items()]
@@ -214,7 +215,7 @@ def run_page(args: argparse.Namespace, about: list[str]) -> str:
 
 
 def charts(model: nn.Module, watched: bool) -> dict[str, dict]:
-    """TensorBoard's page "custom scalars": the curves that belong together in one chart, as patterns of their tags.
+    """TensorBoard's page "custom scalars": the curves of each chart, as patterns of their tags.
 
     Args:
         model: Its remedies' parameters get a chart each, with a curve for every layer.
@@ -251,7 +252,7 @@ class Recorder:
         open_wandb: Makes the writer of ``--log-wandb``, given the folder; None: TensorBoard alone.
 
     Attributes:
-        begins: No epoch is recorded yet: ``describe`` is to be called, once a run.
+        begins: Whether no epoch is recorded yet. Then ``describe`` must be called, once a run.
 
     Raises:
         SetupError: If a file cannot be written, here and in every method.
@@ -290,7 +291,7 @@ class Recorder:
             self.writers: list[Writer] = [TensorBoardWriter(self.folder / "tensorboard", start_epoch)]
             if open_wandb is not None:
                 self.writers.append(open_wandb(self.folder))
-                for line in lines[-1:]:  # a kill costs W&B what it had in memory
+                for line in lines[-1:]:  # again: a kill may have lost it from W&B's memory
                     self.writers[-1].write(line["epoch"], curves(line), {})
 
     def _set_earlier_run_aside(self) -> None:
@@ -319,7 +320,7 @@ class Recorder:
                 writer.describe(page, charts, hyper_parameters, metrics, samples)
 
     def finish(self) -> None:
-        """Marks the run as finished in the writers; harmless where it goes on after all."""
+        """Marks the run as finished in the writers; the run may still be continued later."""
         with checkpoints.explain_write_errors(self.folder):
             for writer in self.writers:
                 writer.finish()
@@ -327,8 +328,8 @@ class Recorder:
     def epoch(self, line: dict, model: nn.Module, speed: dict[str, float]) -> None:
         """Writes an epoch: ``line`` into ``log.txt``; its curves, ``speed`` and every layer's lambda to the writers.
 
-        ``speed`` are numbers of the clock and the machine. They are not in ``log.txt``, which has the same bits however
-        the run got there.
+        ``speed`` depends on clock and machine. It is not in ``log.txt``, which has the same bits for interrupted and
+        uninterrupted runs.
         """
         if self.watch is not None:
             line = line | self.watch.report(model, line["epoch"])

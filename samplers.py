@@ -22,8 +22,8 @@ __all__ = [
 # timm's sampler gives the indices of DeiT's RASampler, and a whole epoch instead of none below 256 images.
 RASampler = RepeatAugSampler
 
-# Of remote shards, in images of one process: how far an image may move from its place in its shard. At 110 kB an image,
-# with readers.loader.LOOK_AHEAD, 1.4 GB of the cache.
+# For remote shards, in images of one process: how far shuffling may move an image from its place in the shard. At 110 kB
+# an image, this and readers.loader.LOOK_AHEAD together take 1.4 GB of the cache.
 SHUFFLE_WINDOW = 8192
 
 
@@ -43,7 +43,7 @@ def sample_seed(seed: int, rank: int, epoch: int, position: int) -> int:
 
 
 class AddressedSampler(Sampler[tuple[int, int]]):
-    """Adds to every index of a sampler the seed of its position, and can begin inside an epoch.
+    """Pairs every index of a sampler with the seed of its position, and can begin inside an epoch.
 
     Args:
         sampler: Sampler of one rank's indices, with ``set_epoch`` where its order changes from epoch to epoch.
@@ -99,12 +99,12 @@ class ShardSampler(Sampler[int]):
 
     Args:
         lengths: Images of each shard.
-        num_samples: Images of this rank in an epoch; as many on every rank. Where they do not add up to all images,
-            some are left out (another set each epoch) or come twice.
+        num_samples: Images of each rank in an epoch. If all ranks' together are not all images, some are left out
+            (another set each epoch) or come twice.
         rank: Rank of this process.
-        seed: Of the order; the same on all ranks. None: images in their own order, for evaluation.
+        seed: Seed of the order; the same on all ranks. None: images in their own order, for evaluation.
         repeats: How often an image comes in a row, on the same rank.
-        window: Of the shuffling.
+        window: Largest shift of the shuffling, in images.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class ShardSampler(Sampler[int]):
 
     @property
     def num_valid_samples(self) -> int:
-        """Of an evaluation: how many of this rank's first samples are no padding."""
+        """For evaluation: how many of this rank's first samples are not padding."""
         return int(np.clip(self.lengths.sum() - self.rank * self.num_samples, 0, self.num_samples))
 
 
@@ -158,7 +158,7 @@ def build_samplers(
 ) -> tuple[AddressedSampler | None, OrderedDistributedSampler | ShardSampler]:
     """Samplers of one rank. No process group is needed.
 
-    Images of remote shards (a data set with ``remote``) come by :class:`ShardSampler`, equally many.
+    Remote shards (a data set with ``remote``) get a :class:`ShardSampler` with the same number of samples.
 
     Args:
         dataset_train: Training images; None for evaluation only.
@@ -168,13 +168,12 @@ def build_samplers(
         repeated_aug: Whether an image comes three times in a row (Hoffer et al., "Augment your batch", CVPR 2020); an
             epoch then shows about a third of the images. Otherwise every image comes once.
         seed: Seed of the samples' random draws. The order of the images depends on the epoch alone, as in DeiT: it has
-            to be the same on all ranks. Of remote shards it depends on the seed too.
+            to be the same on all ranks. For remote shards it depends on the seed too.
         shard_eval: Whether the ranks share the evaluation images; otherwise each evaluates all of them.
 
     Returns:
         The training sampler (None without training images), and the evaluation sampler. The latter pads the ranks to
-        the same length and says in
-        ``num_valid_samples`` how many of its first samples are no padding.
+        the same length; its ``num_valid_samples`` is how many of its first samples are not padding.
 
     Raises:
         ValueError: If ``seed`` is negative or ``rank`` is not within ``world_size``.

@@ -16,11 +16,11 @@ ROWS = 12
 
 
 class Tracer:
-    """Traces ``steps`` steps of what runs within its context, after up to three others; draws nothing, changes no bit.
+    """Traces ``steps`` steps within its context, after up to three others; draws nothing, changes no bit of the run.
 
     Args:
         path: The file to write, ``….json.gz``, in Chrome's trace format.
-        steps: To trace; fewer where there are not so many.
+        steps: Steps to trace; fewer if there are not so many.
         available: Steps within the context.
         device: Where they run.
     """
@@ -63,14 +63,14 @@ class Tracer:
         try:
             self.path.parent.mkdir(exist_ok=True)
             profiler.export_chrome_trace(str(self.path))
-        except (OSError, RuntimeError) as error:  # a trace is not worth a run
+        except (OSError, RuntimeError) as error:  # a failed trace must not end the run
             _logger.warning(f"--profile: {self.path} could not be written ({error})")
             return
         _logger.info(f"wrote {self.path}: open it in https://ui.perfetto.dev (docs/watch.md)")
 
 
 def table(profiler: profile, rows: int = ROWS) -> str:
-    """The operators that took most time by themselves: of the device where one was traced, else of the host."""
+    """The operators that took most time by themselves: on the device if one was traced, else on the host."""
     events = [
         event
         for event in profiler.key_averages()

@@ -112,9 +112,9 @@ def this_process(device: str = "auto") -> World:
 
 
 def _own_gpu(local_rank: int) -> int:
-    """The GPU of this process: that of its number on the node, or the only one, where Slurm shows each task its own."""
+    """The GPU of this process: the one with its local rank, or the only one if Slurm shows each task its own."""
     gpus = torch.cuda.device_count()
-    on_node = max(local_rank + 1, _number("LOCAL_WORLD_SIZE", 1))  # torchrun's; its processes see the same
+    on_node = max(local_rank + 1, _number("LOCAL_WORLD_SIZE", 1))  # torchrun sets it; its processes see the same GPUs
     each_its_own = gpus == 1 and "LOCAL_WORLD_SIZE" not in os.environ
     if on_node > gpus and not each_its_own:
         raise SetupError(
@@ -158,8 +158,8 @@ def process_group(device: str = "auto", dist_url: str = "env://", timeout_s: int
         yield world
     except Exception as error:
         if dist.is_initialized() and dist.get_backend() == "nccl":
-            # Destroying NCCL's group waits for its collectives, and so for a process that may be dead. What happened
-            # is said first: NCCL's watchdog may end this process at any time.
+            # Destroying NCCL's group waits for its collectives, and so for a process that may be dead. The error is
+            # reported first: NCCL's watchdog may end this process at any time.
             first_line = str(error).partition("\n")[0]
             print(f"[rank {world.rank}] {type(error).__name__}: {first_line}", file=sys.stderr, flush=True)
             dist.distributed_c10d._abort_process_group()
@@ -175,7 +175,7 @@ def _launcher_environment() -> tuple[int, int, int]:
         return _number("RANK"), _number("LOCAL_RANK", 0), _number("WORLD_SIZE")
     if "SLURM_PROCID" in env and _number("SLURM_NTASKS", 1) != 1:
         hosts = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", env.get("SLURM_NODELIST", "localhost")))
-        env.setdefault("MASTER_ADDR", first_host(hosts))  # serves the rendezvous
+        env.setdefault("MASTER_ADDR", first_host(hosts))  # the rendezvous runs there
         env.setdefault("MASTER_PORT", str(20000 + _number("SLURM_JOB_ID", 0) % 20000))
         return _number("SLURM_PROCID"), _number("SLURM_LOCALID", 0), _number("SLURM_NTASKS")
     return 0, 0, 1
@@ -198,7 +198,7 @@ def first_host(hosts: str) -> str:
 
 
 def on_rank_zero(world: World, action: Callable[[], T]) -> T | None:
-    """Runs ``action`` on rank 0 while the others wait; an error of it is raised on all ranks, so that nobody hangs.
+    """Runs ``action`` on rank 0 while the others wait; its errors are raised on all ranks, so that none hangs.
 
     Returns:
         What ``action`` returned on rank 0, None on the others.
@@ -218,13 +218,13 @@ def on_rank_zero(world: World, action: Callable[[], T]) -> T | None:
 
 
 def check_agreement(world: World, what: str, mine: Any, flags: str = "--output_dir and --resume") -> None:
-    """Compares a value over the ranks, which would otherwise hang or diverge silently.
+    """Checks that a value is the same on all ranks, which would otherwise hang or diverge silently.
 
     Args:
         world: The ranks; a collective.
-        what: Is compared, for the message.
-        mine: Of this rank.
-        flags: That have to name the same on all of them.
+        what: Name of the value, for the message.
+        mine: This rank's value.
+        flags: Flags that must give the same on all ranks, for the message.
 
     Raises:
         SetupError: On all ranks, if they differ.
@@ -247,7 +247,7 @@ _SIGNS_OF_LOSS = (
 
 
 def lost_peer(error: RuntimeError) -> str | None:
-    """What a failed collective says of a process that died or fell silent, in one line; None for another error."""
+    """The line in which a failed collective reports a process that died or fell silent; None for other errors."""
     text = str(error)
     lost = isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text or "nccl" in text
     return text.split("\n")[0].strip() if lost and any(sign in text for sign in _SIGNS_OF_LOSS) else None
@@ -257,8 +257,9 @@ def _join(world: World, dist_url: str, timeout_s: int) -> None:
     timeout = timedelta(seconds=timeout_s)
     try:
         store = _meet(world, dist_url, timeout)
-        # torchrun may keep its store from one restart to the next, with the addresses of the processes that are dead.
-        # Where it does not, its counts differ between nodes as soon as one node's torchrun was replaced.
+        # torchrun may keep its store from one restart to the next, with the addresses of dead processes: so every
+        # restart gets a prefix. Without a kept store there is none, since the restart counts of the nodes differ once
+        # one node's torchrun was replaced.
         kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
         store = dist.PrefixStore(f"attempt-{attempt}", store)
@@ -299,10 +300,10 @@ def _somebody_listens() -> bool:
 
 
 def _claim_gpu(world: World, store: dist.Store) -> None:
-    """Refuses a GPU that another process has; NCCL would only say that it failed.
+    """Refuses a GPU that another process of this run has; NCCL would only say that it failed.
 
     Raises:
-        SetupError: With the other's rank.
+        SetupError: With the other process's rank.
     """
     gpu = str(torch.cuda.get_device_properties(world.device).uuid)
     owner = int(store.compare_set(f"gpu/{platform.node()}/{gpu}", "", str(world.rank)))
@@ -316,8 +317,8 @@ def _claim_gpu(world: World, store: dist.Store) -> None:
 def _meet(world: World, dist_url: str, timeout: timedelta) -> dist.Store:
     """The store of the rendezvous.
 
-    torch waits without limit for the answer of whoever listens at the address, even if that is another program which
-    never gives one. So the waiting is done by a thread that can be left behind.
+    torch waits without limit for an answer from the address, even if another program listens there and never answers.
+    So a thread does the waiting, which can be abandoned.
 
     Raises:
         RuntimeError: If rank 0 cannot be reached within ``timeout``, or something else listens in its place.
@@ -399,7 +400,7 @@ class StopSignal:
 
 # ---- randomness ------------------------------------------------------------------------------------------------------
 def seed_everything(*address: int) -> None:
-    """Seeds python, numpy and torch from an address such as (seed, rank, epoch, step), and from nothing else.
+    """Seeds python, numpy and torch from an address such as (seed, rank, epoch, step) alone.
 
     Args:
         *address: Non-negative integers. Equal addresses give equal draws, however the run got there.
@@ -455,7 +456,7 @@ class Meters:
 
 # ---- logs ------------------------------------------------------------------------------------------------------------
 def setup_logging(rank: int) -> None:
-    """Console lines of rank 0 as they are; of the others only warnings, with their rank."""
+    """Shows rank 0's log lines on the console as they are; of other ranks only warnings, with their rank."""
     logging.captureWarnings(True)
     handler = logging.StreamHandler(sys.stdout)
     if rank == 0:
@@ -464,7 +465,7 @@ def setup_logging(rank: int) -> None:
         handler.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s: %(message)s"))
         handler.setLevel(logging.WARNING)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    for client in ("httpx", "httpx2"):  # of the Hub's library, by its version: a line for each request
+    for client in ("httpx", "httpx2"):  # the Hub library's client, by its version: a line for each request
         logging.getLogger(client).setLevel(logging.WARNING)
 
 
@@ -522,8 +523,8 @@ def make_folder(folder: Path) -> None:
 def claimed_folder(folder: str | None, world: World, timeout_s: float = 60) -> Iterator[None]:
     """Makes ``folder``, checks that files can be written there, and keeps other runs out of it within the context.
 
-    The claim is a POSIX lock: it vanishes with its process, however that ends, and loader processes do not inherit it.
-    File systems without locks are used without.
+    The claim is a POSIX lock: it vanishes with its process, however that ends, and workers do not inherit it. On file
+    systems without locks there is no claim.
 
     Args:
         folder: Where this run writes; None or empty: nowhere.

@@ -35,10 +35,10 @@ class Writer(ABC):
         """Writes what stays the same, once a run.
 
         Args:
-            page: Markdown on the run.
+            page: Markdown about the run.
             charts: Layout of TensorBoard's page of custom scalars.
-            hyper_parameters: Of the run, by name.
-            metrics: The scalars that a table of runs shows beside them.
+            hyper_parameters: The run's hyper-parameters, by name.
+            metrics: The scalars that a table of runs shows beside the hyper-parameters.
             samples: Picture of shape (H, W, 3), uint8.
         """
 
@@ -48,7 +48,7 @@ class Writer(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Marks the run as finished; harmless where it goes on after all."""
+        """Marks the run as finished; it may still be continued later."""
 
 
 class TensorBoardWriter(Writer):
@@ -56,7 +56,7 @@ class TensorBoardWriter(Writer):
 
     Args:
         folder: Where they go.
-        start_epoch: What an earlier attempt has written from this epoch on is not shown.
+        start_epoch: Events of an earlier attempt from this epoch on are not shown.
     """
 
     def __init__(self, folder: Path, start_epoch: int) -> None:
@@ -72,8 +72,8 @@ class TensorBoardWriter(Writer):
     ) -> None:
         """Text, charts, samples and the run's row of hyper-parameters.
 
-        Not ``SummaryWriter.add_hparams``, which makes a second run of it, in a folder of its own: here the row belongs
-        to the run itself, is there from the first epoch on, and its accuracies are the last values of those curves.
+        ``SummaryWriter.add_hparams`` would make a second run, in a folder of its own. Here the row belongs to the run
+        itself and is there from the first epoch on; its accuracies are the last values of their curves.
         """
         self.writer.add_text("run", page, 0)
         self.writer.add_custom_scalars(charts)
@@ -96,31 +96,31 @@ class TensorBoardWriter(Writer):
 
 # ---- Weights & Biases ------------------------------------------------------------------------------------------------
 ID_FILE = "wandb-id.txt"
-FLUSH_S = 1.0  # between writes of its file: what a kill may cost
+FLUSH_S = 1.0  # seconds between writes of wandb's file: what a kill loses at most
 
 
 def check_wandb() -> None:
-    """Finds the package without importing it: no process may be forked after it has started its threads.
+    """Looks for wandb without importing it: no process may be forked once wandb has started its threads.
 
     Raises:
         SetupError: If it is not installed.
     """
     found = importlib.util.find_spec("wandb")
-    if found is None or found.origin is None:  # a folder "wandb", as its runs leave one behind, can be imported too
+    if found is None or found.origin is None:  # a folder "wandb", which runs leave behind, can be imported too
         raise SetupError("--log-wandb needs the package wandb: pip install wandb")
 
 
 class WandbWriter(Writer):
-    """A run of Weights & Biases. What goes wrong with it after its start costs the rest of its curves, not the run.
+    """A run of Weights & Biases. If it fails after its start, its later curves are lost, but training goes on.
 
     An epoch that is trained again after a kill is logged again: with the same numbers, over ``epoch`` as the x-axis of
     every curve, so the page does not change. Files go to ``folder/wandb``.
 
     Args:
-        folder: Of the run; its name is the name of the run there. Keeps the id, by which a later attempt goes on.
+        folder: The run's folder; its name is the run's name in W&B. It keeps the id that a later attempt continues.
         project: Name of the project; None: that of wandb's settings.
-        tags: Of the run.
-        resume_id: Of the run to go on in; empty: the one in ``folder``, else a new one.
+        tags: Tags of the run.
+        resume_id: Id of the run to continue; empty: the one in ``folder``, else a new one.
         config: What W&B shows as the run's configuration.
         wait_s: Seconds to wait for a server that does not answer, at the start and at the end; other ranks wait too.
 
@@ -159,11 +159,11 @@ class WandbWriter(Writer):
         except wandb.errors.Error as error:
             self.run = self._offline(known, error)
         self._try(lambda: self.run.define_metric("*", step_metric="epoch"))
-        # However the process ends without finish(): not as a success. It comes before wandb's own hook.
+        # A process that ends without finish() was no success. This hook runs before wandb's own.
         atexit.register(self._end, 1)
 
     def _offline(self, known: dict[str, Any], reason: Exception) -> Any:
-        """The run as its files alone, where the server cannot be reached; None where that is not possible either."""
+        """The run with files only, if the server cannot be reached; None if that fails too."""
         self.wandb.teardown()  # the attempt to connect holds the id
         known["settings"] |= {"finish_timeout": 0}  # nothing to wait for but the disk
         kept = f"kept in {known['dir']}/wandb, `wandb sync` uploads it"
@@ -217,13 +217,13 @@ class WandbWriter(Writer):
 
 
 def _run_id(file: Path, given: str) -> str:
-    """The id of the run: the given one, or that in ``file``, or a new one; in ``file`` from now on."""
+    """The id of the run: the given one, or that in ``file``, or a new one; it is then in ``file``."""
     kept = file.read_text().strip() if file.exists() else ""
     chosen = given or kept or secrets.token_hex(4)
     if chosen != kept:
         temporary = file.with_suffix(".tmp")
         temporary.write_text(chosen + "\n")
-        os.replace(temporary, file)  # before the run begins: whenever it is killed, the next attempt knows it
+        os.replace(temporary, file)  # before the run begins: after any kill, the next attempt knows the id
     return chosen
 
 

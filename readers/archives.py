@@ -25,11 +25,11 @@ from .files import MAX_FILE, open_file
 _logger = logging.getLogger(__name__)
 
 SUFFIXES = (".tar", ".zip")
-MAX_OPEN_FILES = 64  # of a process; with ten workers far below the usual limit of 1,024 for each
+MAX_OPEN_FILES = 64  # for each process, far below the usual limit of 1,024
 LOCAL_HEADER = 30  # bytes of a zip member's own header, before its name
 MAX_NAME = 1024  # bytes; the index keeps as many for every name
 MAX_DEPTH = 32  # folders above a file
-MAX_GLOBALS = 1000  # records of a tar that count for all entries after them
+MAX_GLOBALS = 1000  # records of a tar that apply to all entries after them
 
 
 class DataError(ValueError):
@@ -43,8 +43,8 @@ class Member(NamedTuple):
         archive: Path of the archive.
         name: Its name there.
         start: First byte of its content (tar) or of its header (zip).
-        size: Bytes that are stored.
-        method: How: ``TAR``, or zip's own number for stored or deflated.
+        size: Number of stored bytes.
+        method: How they are stored: ``TAR``, or zip's own number for stored or deflated.
         crc: CRC-32 of the content, -1 where it is not known.
     """
 
@@ -59,7 +59,7 @@ class Member(NamedTuple):
         """Content of the file.
 
         Raises:
-            OSError: If the archive cannot be read there, or something else is there.
+            OSError: If the archive cannot be read there, or holds something else there.
             zlib.error: If compressed content is damaged.
         """
         if self.size > MAX_FILE:
@@ -127,10 +127,10 @@ def make_table(rows: Iterable[tuple[int, int, int, int, int, int, str]]) -> np.n
 
 
 def load_table(content: bytes) -> np.ndarray:
-    """The table in an ``.npy`` file of one, after a look at every number in it.
+    """The table in the content of an ``.npy`` file, after a check of every number in it.
 
     Raises:
-        ValueError: If it is something else; nothing is allocated that is not in the file.
+        ValueError: If it is something else. No more memory is allocated than the file has.
     """
     stream = io.BytesIO(content)
     try:
@@ -155,7 +155,7 @@ def load_table(content: bytes) -> np.ndarray:
 
 
 def shown(name: object) -> str:
-    """A file's name as part of one line: such as it is, or escaped where it would break that line or hide in it."""
+    """A file's name as part of one line: as it is, or escaped if it would break the line or be invisible in it."""
     text = str(name)
     return text if text.isprintable() and len(text) < 300 else ascii(text)[:300]
 
@@ -167,7 +167,7 @@ def brief(error: BaseException) -> str:
 
 
 class Tree(NamedTuple):
-    """What would be ``root/<class>/**/*.jpg`` if it were unpacked; ``classes`` may lack images."""
+    """A tree ``root/<class>/**/*.jpg`` inside an archive; ``classes`` may lack images."""
 
     classes: list[str]
     members: Members
@@ -187,7 +187,7 @@ def descriptor(path: str, flags: int = 0) -> int:
     if file is None:
         file = open_file(path, flags)
         for other, held in list(_open_files.items()):
-            if os.fstat(held).st_nlink == 0:  # removed, but on the disk for as long as it is open
+            if os.fstat(held).st_nlink == 0:  # removed, but it stays on the disk while it is open
                 os.close(_open_files.pop(other))
         while len(_open_files) >= MAX_OPEN_FILES:
             os.close(_open_files.popitem(last=False)[1])
@@ -196,7 +196,7 @@ def descriptor(path: str, flags: int = 0) -> int:
 
 
 def close(path: str) -> None:
-    """Closes the file that `descriptor` keeps open, so that it is opened anew."""
+    """Closes the file that `descriptor` keeps open, so that the next use opens it anew."""
     file = _open_files.pop(path, None)
     if file is not None:
         os.close(file)
@@ -259,7 +259,7 @@ def _make_tree(path: str, prefix: str, files: dict[str, Place], folders: set[str
 
 
 class DamagedError(DataError):
-    """An archive cannot be read as one, or not to its end."""
+    """An archive that cannot be read, or not to its end."""
 
 
 class TarEntry(NamedTuple):
@@ -273,14 +273,14 @@ class TarEntry(NamedTuple):
 
 
 class _Bounded(io.BufferedReader):
-    """A file that is never asked for more than it has: Python takes the memory for what a header declares first."""
+    """A file whose reads stop at its size: Python would first allocate as much memory as a header declares."""
 
     def __init__(self, path: str) -> None:
         super().__init__(io.FileIO(open_file(path)))
         self.length = os.fstat(self.fileno()).st_size
 
     def read(self, size: int | None = -1) -> bytes:
-        """At most ``size`` bytes, all of the rest if it is negative."""
+        """At most ``size`` bytes, or the whole rest if it is negative or None."""
         rest = max(0, self.length - self.tell())
         return super().read(rest if size is None or size < 0 else min(size, rest))
 
@@ -289,7 +289,7 @@ def tar_entries(path: str) -> Iterator[TarEntry]:
     """Entries of a tar in their order.
 
     Raises:
-        DamagedError: If it is no plain tar, or is cut short or damaged anywhere; that is, after its last good entry.
+        DamagedError: After the last good entry, if it is no plain tar, or is cut short or damaged anywhere.
     """
     try:
         with _Bounded(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -304,7 +304,7 @@ def tar_entries(path: str) -> Iterator[TarEntry]:
                     raise tarfile.ReadError("too many records for all entries")
                 end = tar.offset
                 yield _tar_entry(path, entry)
-            # tarfile takes whatever is no header for the end, and a block of zeros even if entries follow.
+            # tarfile takes anything that is no header for the end, and so a block of zeros, even if entries follow.
             file.seek(end)
             if len(file.read(512)) < 512:
                 raise tarfile.ReadError(f"no end mark at byte {end}")
@@ -385,7 +385,7 @@ def _list_zip(path: str) -> tuple[dict[str, Place], set[str]]:
 
 
 def _checked_name(path: str, name: str) -> str:
-    """Name without ``./`` and without slashes around it; the top is ''."""
+    """Name without ``./`` and without leading or trailing slashes; the top is ''."""
     try:
         too_long = len(os.fsencode(name)) > MAX_NAME
     except UnicodeError as error:

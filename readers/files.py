@@ -1,4 +1,4 @@
-"""Files that nobody vouches for: nothing but a regular file is opened, and nothing is read beyond a limit."""
+"""Reading of untrusted files: only regular files, and only up to a limit."""
 
 import os
 import stat
@@ -10,7 +10,7 @@ MAX_FILE = 256 << 20  # bytes of an image, packed or not: Pillow refuses picture
 def open_file(path: str | Path, flags: int = 0) -> int:
     """File descriptor of a regular file, for reading.
 
-    A FIFO would be waited for, a device asked: neither is opened, nor what takes a file's place meanwhile.
+    Opening a FIFO would block, and opening a device may act. Both are refused, even if one replaces the file meanwhile.
 
     Raises:
         OSError: If it is not there, or is no regular file.
@@ -40,4 +40,4 @@ def read_file(path: str | Path, limit: int = MAX_FILE, flags: int = 0) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise OSError(f"is larger than {limit >> 20} MB")
-        return file.read(size)  # read(limit) would have so much memory mapped first, 0.2 ms for each image
+        return file.read(size)  # read(limit) would map that much memory first, 0.2 ms for each image

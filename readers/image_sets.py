@@ -1,4 +1,4 @@
-"""Data sets of image files: trees of folders, members of archives, and the layouts that some data sets come in."""
+"""Data sets of image files: trees of folders, members of archives, and the layouts of some data sets."""
 
 import gzip
 import json
@@ -79,7 +79,7 @@ class ImageTree(ImageFolder):
 class NumberedTree(ImageTree):
     """Images of the tree ``root/<label>/**/*.jpg``, as ImageNet-V2 comes: a folder's name is its label, from 0 on.
 
-    ``ImageTree`` would sort these names as text, 0, 1, 10, 100: labels of other classes from the third on.
+    ``ImageTree`` would sort these names as text (0, 1, 10, 100), which gives wrong labels from the third class on.
     """
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
@@ -89,7 +89,7 @@ class NumberedTree(ImageTree):
 
 
 def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
-    """Folders and the names of their files; one that links lead to again, as ``loop -> .`` does, is left out."""
+    """Folders and the names of their files; a folder that a link leads to again (``loop -> .``) is left out."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"--data-path: {error.filename} cannot be listed ({error.strerror})") from error
@@ -184,7 +184,7 @@ class INaturalistJson(DatasetFolder):
 
     ``root`` holds ``train<year>.json``, ``val<year>.json``, ``categories.json`` (a list of the categories with a
     name for each level) and the images at the paths the json files give, with or without the super-category's folder.
-    Labels count the names of the level in the order in which the training annotations mention them, as in DeiT.
+    Labels number the names of the level in the order of their first mention in the training annotations, as in DeiT.
 
     Args:
         root: Folder of the json files.
@@ -236,7 +236,7 @@ class INaturalistJson(DatasetFolder):
         self.samples = list(zip(self._locate(files), self.targets, strict=True))
 
     def _names(self, path: Path) -> dict[int, str]:
-        """Name of every category id at the chosen level; without ids the position in the list counts."""
+        """Name of every category id at the chosen level; an entry without an id has its position in the list as id."""
         try:
             return {entry.get("id", i): entry[self.category] for i, entry in enumerate(_read_json(path))}
         except (KeyError, TypeError, AttributeError) as error:
@@ -256,7 +256,7 @@ class INaturalistJson(DatasetFolder):
 class SkipBadImages(Dataset):
     """Replaces unreadable images by the next sample that can be read, up to a limit.
 
-    Different bad images are counted, over all workers of this process and all epochs; each is named in a warning once.
+    Each bad image counts once, over all workers of this process and all epochs, and is named in one warning.
     The replacement depends on the data set alone, never on the workers.
 
     Args:
@@ -301,7 +301,7 @@ class SkipBadImages(Dataset):
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Sorted names of the class folders in a folder; hidden ones are none.
+    """Sorted names of the class folders in a folder, without hidden ones.
 
     Raises:
         DataError: If there are none.
@@ -336,12 +336,12 @@ def numbered_folders(folder: Path) -> list[str]:
 
 
 def is_numbered(classes: list[str]) -> bool:
-    """Whether class names are the numbers from 0 on and text sorts them otherwise."""
+    """Whether class names are the numbers from 0 on, and sorting them as text changes their order."""
     return len(classes) > 10 and set(classes) == set(map(str, range(len(classes))))
 
 
 def fashion_mnist_file(folder: Path, name: str) -> Path:
-    """Path of one of Fashion-MNIST's files, the compressed one where the other is absent."""
+    """Path of one of Fashion-MNIST's files; the compressed one if the plain one is absent."""
     path = folder / name
     return path if path.is_file() else folder / f"{name}.gz"
 

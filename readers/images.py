@@ -12,12 +12,12 @@ from . import archives
 from .archives import DataError, Member
 from .files import read_file
 
-# Formats that are opened, whatever a file is called: those of torchvision's extensions, and what is found under them.
-# Pillow knows 40 more, some of which start a program (EPS) or fail in ways of their own.
+# Formats that are opened, whatever a file's extension: those of torchvision's extensions, and others that such files
+# turn out to have. Pillow knows 40 more; some start a program (EPS) or fail in ways of their own.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 MAX_ASPECT = 100  # of the longer side to the shorter, which an evaluation resizes to 256 pixels
-# Pillow's own limit for a picture is 179 million pixels, 1.4 GB while it is converted. No picture of more than
-# PLAIN_PIXELS has less than a byte for so many of them, other than one that is made to take memory.
+# Pillow's own limit for a picture is 179 million pixels, 1.4 GB while it is converted. Above PLAIN_PIXELS, only a file
+# made to exhaust memory has more than PIXELS_A_BYTE pixels a byte.
 PLAIN_PIXELS, PIXELS_A_BYTE = 1 << 24, 1000
 File = str | Member
 
@@ -72,7 +72,7 @@ def open_image(path: File) -> Image.Image:
 
 
 def decode(image: Image.Image) -> Image.Image:
-    """Reads the rest of an image from :func:`open_image` as RGB and closes its file; a decoded one is only converted.
+    """Decodes an image from :func:`open_image` to RGB and closes its file; a decoded image is only converted.
 
     Raises:
         BadImageError: If the file cannot be decoded.
@@ -87,7 +87,7 @@ def _explain_image_errors(path: File) -> Iterator[None]:
     with warnings.catch_warnings():
         # Broken EXIF blocks and odd TIFF tags do not touch the pixels, and ImageNet has hundreds of them.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it has limits of its own
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image has its own limits
         try:
             yield
         except MemoryError:  # not the file's fault: sizes are limited

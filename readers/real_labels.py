@@ -32,7 +32,7 @@ def read_real_labels(path: str | Path) -> np.ndarray:
         Shape (images, most labels of one image), int64; rows of fewer labels end with ``NO_LABEL``.
 
     Raises:
-        DataError: If it is no such file, with the first entry at fault.
+        DataError: If it is not such a file; with the first bad entry.
     """
     try:
         entries = json.loads(read_file(path, MAX_JSON))
@@ -72,8 +72,8 @@ class WithRealLabels(Dataset):
     """A data set whose targets have the ReaL labels beside the plain one.
 
     Args:
-        dataset: Of files: its ``samples`` are (file, label).
-        path: Of ``real.json``; it must have as many entries as there are images.
+        dataset: A data set of files: its ``samples`` are (file, label).
+        path: Path of ``real.json``; it must have as many entries as there are images.
 
     Raises:
         DataError: If the file is not usable or does not belong to these images. Names in remote shards are known only

@@ -1,13 +1,13 @@
 """WebDataset shards, ``--data-set wds``: tar files of ``<key>.jpg`` and ``<key>.cls`` with an index beside them.
 
 ``scripts/prepare_wds.py`` writes a folder of ``train-*.tar`` and ``val-*.tar``; its ``_info.json`` (in timm's form)
-names shards, numbers of samples and classes, and ``train.npy`` and ``val.npy`` say where in which shard each image is.
+names the shards, their sample counts and the classes; ``train.npy`` and ``val.npy`` give the place of each image.
 A local folder is read in place, in the order of the keys: to the rest of the program it is a tree of images.
 
 A remote one (``https://``, ``gs://``, ``hf://`` or ``pipe:``, whatever ``webdataset.gopen`` opens) is read
-shard after shard: whole shards are fetched into a cache that the processes of a machine share, some ahead of need, and
-the oldest make room. ``samplers.ShardSampler`` draws an order that asks for them in turn. webdataset is imported only
-to open an address or to index a shard.
+shard after shard. Whole shards are fetched, some ahead of need, into a cache that the processes of a machine share; the
+oldest are removed to make room. ``samplers.ShardSampler`` draws an order that asks for shards in turn. webdataset is
+imported only to open an address or to index a shard.
 """
 
 import errno
@@ -45,11 +45,11 @@ _logger = logging.getLogger(__name__)
 
 INFO_NAMES = ("_info.json", "info.json")
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation")}
-# A shard's name becomes part of a shell's command after pipe:, so it may hold nothing that a shell understands.
+# After pipe: a shard's name becomes part of a shell command, so it may hold no character that is special to a shell.
 SHARD_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 ATTEMPTS, PAUSE_S = 8, 1.0  # of fetching a shard; pauses double: two minutes in all
 FETCHERS = 4  # threads of a process that fetch ahead
-DISK_SHARE = 0.9  # of what is free on the cache's disk or held by the cache: more is never taken
+DISK_SHARE = 0.9  # of the disk space that is free or held by the cache: the cache never takes more
 FOLDER = "shards-"  # begins the names of the cache's folders, so that nothing else in --shard-cache is touched
 MAX_INDEX = 64 << 20  # bytes of _info.json
 MAX_TABLE = 4 << 30  # bytes of train.npy
@@ -59,7 +59,7 @@ PART_DIGITS = 8  # tell the parts of several downloads of one shard apart
 
 
 class Shards(NamedTuple):
-    """One split of a set of shards: where it is, what it is made of, and the digest of the file that says so."""
+    """One split of a set of shards: where it is, its shards and classes, and the digest of ``_info.json``."""
 
     root: str
     split: str
@@ -79,7 +79,7 @@ def is_remote(root: str) -> bool:
 
 
 def join(root: str, name: str) -> str:
-    """Address of a file of the data set; a command after ``pipe:`` has ``{}`` in its place."""
+    """Address of a file of the data set; in a command after ``pipe:`` its name replaces ``{}``."""
     return root.replace("{}", name) if root.startswith("pipe:") else f"{root.rstrip('/')}/{name}"
 
 
@@ -88,7 +88,7 @@ def read_info(root: str) -> tuple[dict[str, Any], str]:
     """The content of ``_info.json`` and its digest.
 
     Raises:
-        DataError: If it is missing or no such file.
+        DataError: If it is missing or not such a file.
     """
     if root.startswith("pipe:") and "{}" not in root:
         raise DataError(f"--data-path {root!r}: put {{}} where the command takes a file's name")
@@ -127,7 +127,7 @@ def _check_scheme(root: str) -> None:
 
 
 def _check_info(info: Any) -> None:
-    """Raises ValueError if it is not what the rest of this file takes it for."""
+    """Raises ValueError if it does not have the fields and types that the rest of this file expects."""
 
     def is_list(value: Any, kind: type) -> bool:
         return isinstance(value, list) and all(type(entry) is kind for entry in value)
@@ -149,13 +149,13 @@ def _check_info(info: Any) -> None:
 
 
 def _reason(error: OSError) -> str:
-    """What went wrong, without the command line that ``gopen`` says it with."""
+    """What went wrong, without the command line in ``gopen``'s message."""
     code = re.search(r"exit (-?\d+)", str(error))
     return error.strerror or (f"the command that reads it ended with code {code[1]}" if code else str(error))
 
 
 def _open(url: str) -> IO:
-    """A stream of a remote file. Of ``http(s)://``, other than ``gopen``'s, it ends if nothing comes for a minute."""
+    """A stream of a remote file. Unlike ``gopen``'s, one over ``http(s)://`` ends if nothing comes for a minute."""
     from webdataset.gopen import gopen
 
     if url.startswith(("http://", "https://")):
@@ -166,8 +166,8 @@ def _open(url: str) -> IO:
         return gopen(url, "rb")
 
 
-# Held while a command is started. A process that is forked just then inherits the writing end of the command's pipe, so
-# that the reader never sees its end: it would wait for ever, and whoever wants the same shard with it.
+# Held while a command is started. A process forked at that moment would inherit the writing end of the command's pipe.
+# The reader would then never see the end of the stream and wait for ever, and so would others that want the shard.
 _starting = threading.Lock()
 
 
@@ -190,7 +190,7 @@ def open_split(root: str, split: str) -> Shards:
     """The shards of "train" or "val".
 
     Raises:
-        DataError: If the index lacks that split or its classes, or names files as no shard can be named.
+        DataError: If the index lacks that split or its classes, or has a name that no shard can have.
     """
     info, digest = read_info(root)
     found = next((info["splits"][name] for name in SPLIT_NAMES[split] if name in info["splits"]), None)
@@ -253,7 +253,7 @@ def scan_shard(path: str, number: int = 0) -> np.ndarray:
 
 
 def local_members(shards: Shards) -> Members:
-    """Images of local shards in the order of their keys, after a look at every shard's size.
+    """Images of local shards in the order of their keys, after a check of every shard's size.
 
     Raises:
         DataError: If the index of the images is missing, or shards are missing, cut short or not those of the index.
@@ -292,11 +292,11 @@ def _check_labels(shards: Shards, labels: np.ndarray) -> None:
 
 
 class RemoteMembers(Sequence):
-    """(:class:`Member`, label) of the images of remote shards, shard after shard; what is asked for is fetched.
+    """(:class:`Member`, label) of the images of remote shards, shard after shard, fetched when asked for.
 
     Args:
-        shards: Of one split.
-        folder: The cache; made if needed. Processes may share it, of one run or of several.
+        shards: The shards of one split.
+        folder: The cache; made if needed. Processes of one or several runs may share it.
         limit: Bytes that it may hold; the shards that were asked for longest ago make room.
 
     Raises:
@@ -305,7 +305,7 @@ class RemoteMembers(Sequence):
 
     def __init__(self, shards: Shards, folder: Path, limit: float) -> None:
         self.shards, self.base, self.limit = shards, folder, limit
-        # Another index is another data set, though its address be the same.
+        # Another index is another data set, even at the same address.
         name = hashlib.sha256(f"{shards.root}\n{shards.digest}\n{os.geteuid()}".encode()).hexdigest()[:16]
         self.folder = folder / f"{FOLDER}{name}"
         self.ends = list(accumulate(shards.lengths))
@@ -326,7 +326,7 @@ class RemoteMembers(Sequence):
                 members = Members([str(self.path(shard))], self._tables[shard])
                 member, label = members[index - self.ends[shard] + self.shards.lengths[shard]]
                 member.read()
-                return member._replace(crc=-1), label  # it has just been compared
+                return member._replace(crc=-1), label  # read() has just checked it
             except (DataError, FileNotFoundError, NotADirectoryError) as error:
                 if isinstance(error, DataError):
                     raise
@@ -338,7 +338,7 @@ class RemoteMembers(Sequence):
         raise DataError(f"--shard-cache {self.base}: what is written there is not what is read: check that disk")
 
     def _open(self, shard: int) -> None:
-        """Opens a shard of the cache, for good: the read that follows succeeds even if it is removed meanwhile.
+        """Opens a shard of the cache and keeps it open, so that a read succeeds even if it is removed meanwhile.
 
         Raises:
             OSError: If it or its table is not there.
@@ -370,7 +370,7 @@ class RemoteMembers(Sequence):
         return self.folder / f"{quote(self.shards.names[shard].removesuffix('.tar'), safe='')}.tar"
 
     def fetch(self, shard: int, keep_open: bool = False) -> None:
-        """Lets a shard and its table be in the cache; of several processes that want it, one fetches.
+        """Makes sure that the cache has a shard and its table; of several processes that want it, one fetches.
 
         Args:
             shard: Its number.
@@ -402,7 +402,7 @@ class RemoteMembers(Sequence):
         ) from failure
 
     def _fetch(self, shard: int, path: Path) -> None:
-        """Downloads, looks at every image, and gives the files their names; whatever happens, no part is left."""
+        """Downloads a shard, checks every image and gives the files their names; a failure leaves no partial file."""
         part, table = (
             path.with_name(f"{path.stem}.{secrets.token_hex(PART_DIGITS // 2)}{ending}.part") for ending in ("", ".npy")
         )
@@ -427,7 +427,7 @@ class RemoteMembers(Sequence):
         self._check_folder()
 
     def _check_folder(self) -> None:
-        """Refuses a folder in which others could put images, or whose place they could take.
+        """Refuses a folder that other users could write into or replace.
 
         Raises:
             FileNotFoundError: If it is not there.
@@ -444,7 +444,7 @@ class RemoteMembers(Sequence):
             raise DataError(f"--shard-cache {self.base} can be written by everybody (chmod o-w): name another folder")
 
     def _download(self, shard: int, part: Path) -> np.ndarray:
-        """Fetches a shard into ``part`` and returns its table; what breaks off or is no tar is asked for again."""
+        """Fetches a shard into ``part`` and returns its table; tries again if it breaks off or is not a tar."""
         url, room = self.shards.url(shard), DISK_SHARE * shutil.disk_usage(self.base).free
         for attempt in range(ATTEMPTS):
             try:
@@ -517,10 +517,10 @@ class RemoteMembers(Sequence):
 
 @contextmanager
 def _locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Keeps the other threads and processes that ask for it from a shard of the cache.
+    """Holds the lock of a shard of the cache, against other threads and processes that ask for it.
 
     Raises:
-        BlockingIOError: Without ``wait``, if one has it.
+        BlockingIOError: Without ``wait``, if another holds it.
     """
     lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
@@ -549,7 +549,7 @@ def _to_disk(file: IO) -> None:
 class FetchAhead:
     """Threads that fetch the shards they are told of, for as long as the context lasts.
 
-    What goes wrong is left to the process that needs the shard, which tries again and says what it is.
+    Errors are left to the process that needs the shard: it tries again and reports them.
     """
 
     def __init__(self, members: RemoteMembers) -> None:
