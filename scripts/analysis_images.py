@@ -42,7 +42,7 @@ class ImageFiles(Dataset):
 
 
 class Views(Dataset):
-    """The same image once per kind of input that the models want, and its label.
+    """Each image once for every kind of input that the models need, and its label.
 
     Args:
         datasets: Data sets of the same images with different transforms.
@@ -60,13 +60,13 @@ class Views(Dataset):
 
 
 def input_kind(subject: Subject) -> tuple:
-    """Two models with the same kind of input share one decoded and transformed image."""
+    """Key of a model's input: models with equal keys share one decoded and transformed image."""
     config = subject.data_config
     return subject.input_size, config["mean"], config["std"], config["crop_pct"], config["interpolation"]
 
 
 def options_of(args: argparse.Namespace, subject: Subject) -> DataOptions:
-    """The command's images as one model wants them."""
+    """The command's image options for one model's input."""
     return replace(DataOptions.from_args(args), input_size=subject.input_size)
 
 

@@ -5,12 +5,11 @@
         --model deit_small_24 --resume plain.pth --model attnscale_small_24 --resume attnscale.pth
     python scripts/analyze.py --image cat.jpg --layer 10 --model attnscale_small_12 --resume attnscale.pth
 
-Models are of this zoo or of timm; --resume, --pretrained, --label and --model-kwargs belong to the --model before them.
-Without weights a model is analysed as initialised. Written to --output_dir: report.html (self-contained, with all
-figures), analysis.csv and analysis.json (every number in a figure), the figures as PNG; of several models
-differences.csv; what --cka, --probe and --sweep find as cka.csv, linear_probe.csv and sweep_*.csv; and for --image
-token_map.csv and .png, with tokens_image and rollout_image where --quantities has these groups. docs/analysis.md
-explains each.
+Models are from this zoo or timm; --resume, --pretrained, --label and --model-kwargs belong to the --model before them.
+Without weights a model is analysed as initialised. --output_dir gets report.html (self-contained, with all figures),
+analysis.csv and analysis.json (every number in a figure), and the figures as PNG. Several models also give
+differences.csv; --cka, --probe and --sweep give cka.csv, linear_probe.csv and sweep_*.csv; --image gives token_map.csv
+and .png, and tokens_image and rollout_image if --quantities has these groups. docs/analysis.md explains each.
 """
 
 import argparse
@@ -236,7 +235,7 @@ def build_subjects(args: argparse.Namespace, device: torch.device) -> list[Subje
 
 
 def measure_images(args: argparse.Namespace, subjects: Sequence[Subject], device: torch.device) -> list[Result]:
-    """One pass over the chosen images, through all models, with a progress bar; without images what needs none."""
+    """One pass over the chosen images through all models; without images, only the quantities that need none."""
     groups = choose(args.quantities)
     if not args.data_path or not any(group.needs_images for group in groups):
         names = [group.name for group in groups if not group.needs_images]
@@ -246,7 +245,7 @@ def measure_images(args: argparse.Namespace, subjects: Sequence[Subject], device
 
 
 def passes(args: argparse.Namespace, subjects: Sequence[Subject], device: torch.device) -> analysis_studies.Batches:
-    """What gives a pass over the chosen images: batches of (one input a model, labels), with a progress bar."""
+    """A function that makes a pass over the images: batches of (one input a model, labels), with a progress bar."""
     loader, views = build_loader(args, subjects)
 
     def batches(title: str) -> Iterator[tuple[list[Tensor], Tensor]]:
@@ -260,7 +259,7 @@ def passes(args: argparse.Namespace, subjects: Sequence[Subject], device: torch.
 
 
 def describe_settings(args: argparse.Namespace, device: torch.device, num_images: int) -> dict[str, Any]:
-    """What a reader needs to make the same numbers again."""
+    """What a reader needs to reproduce the numbers."""
     return {
         "images": num_images,
         "data": args.data_path,
@@ -323,7 +322,7 @@ def check_input(subject: Subject, device: torch.device) -> None:
 def draw_image(
     args: argparse.Namespace, subjects: Sequence[Subject], device: torch.device, folder: Path
 ) -> list[Picture]:
-    """``--image``: the attention of ``--layer`` over it, what the chosen groups show of it, and CSV of the numbers."""
+    """Figures of ``--image``: the attention of ``--layer``, and the maps of the chosen groups; writes both as CSV."""
     picture, name = load_image(args.image), Path(args.image).name
     transforms = [build_transform(False, options_of(args, subject), subject.data_config) for subject in subjects]
     inputs = [(subject, t(picture).to(device)) for subject, t in zip(subjects, transforms, strict=True)]

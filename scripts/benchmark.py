@@ -61,7 +61,7 @@ class Comparison(NamedTuple):
     plain: str
     variants: tuple[str, ...]
     img_size: int
-    plain_kwargs: dict[str, Any]  # makes the plain model what the names of the variants say
+    plain_kwargs: dict[str, Any]  # gives the plain model the depth in the variants' names
 
 
 def _small(depth: int) -> Comparison:
@@ -135,7 +135,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def build(name: str, img_size: int | None, device: torch.device, **kwargs: Any) -> nn.Module:
-    """A model with the parameters of its remedy drawn at random: at zero some of their work could be skipped.
+    """A model with random parameters of its remedy: at zero, some of the remedy's work could be skipped.
 
     ``deit_small_patch16_224+gfsa`` is that model with a remedy added.
     """
@@ -202,7 +202,7 @@ def seconds(step: Callable[[], None], device: torch.device, clock: str = "wall")
 
 
 def bytes_saved(model: nn.Module, loss: Callable[[], Tensor]) -> int:
-    """Memory that ``loss()`` keeps for its backward pass: each storage once, those of parameters not at all."""
+    """Bytes that ``loss()`` keeps for its backward pass: each storage counts once, parameters do not count."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 
@@ -221,7 +221,7 @@ def bytes_saved(model: nn.Module, loss: Callable[[], Tensor]) -> int:
 
 
 def models_table(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of every comparison, for every number of threads; see :func:`compare`."""
+    """Rows of every comparison at every number of threads; see :func:`compare`."""
     if args.compare:
         comparisons = [Comparison(args.compare[0], tuple(args.compare[1:]), args.img_size or 224, {})]
     else:
@@ -284,7 +284,7 @@ def compare(comparison: Comparison, args: argparse.Namespace) -> list[dict[str, 
 def take_turns(
     steps: list[Callable[[], None]], num_rounds: int, device: torch.device, clock: str, warmup: int = 1
 ) -> list[list[float]]:
-    """Seconds of every step in every round; the order turns from round to round, after ``warmup`` rounds."""
+    """Seconds of every step in every round, after ``warmup`` rounds; each round starts with the next step."""
     for step in warmup * steps:
         step()
     rounds = []
@@ -329,7 +329,7 @@ def plot_models(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 # A table is a function from the arguments to rows; `--only` takes these names.
-# Data come last: that table is of one thread and leaves torch so.
+# Data come last: that table sets torch to one thread and leaves it so.
 TABLES: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "models": models_table,
     "host": host_table,
@@ -404,7 +404,7 @@ def _benchmark_model(args: argparse.Namespace, device: torch.device, batch_size:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers hold for."""
+    """The machine and the versions that the numbers hold for."""
     machine: dict[str, Any] = dict(
         processor=platform.processor() or platform.machine(),
         capability=torch.backends.cpu.get_cpu_capability(),

@@ -57,9 +57,9 @@ def make_photographs(folder: Path, number: int, size: tuple[int, int] = SIZE, se
 
     Args:
         folder: Gets the files, as one class of a ``train/`` and a ``val/`` tree.
-        number: Of files in ``train/``; ``val/`` gets one.
+        number: Files in ``train/``; ``val/`` gets one.
         size: Width and height in pixels.
-        seed: Of everything.
+        seed: Seed of all draws.
     """
     rng = np.random.default_rng(seed)
     originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]
@@ -124,7 +124,7 @@ def build_sets(tree: Path, folder: Path, shard_images: int = 64) -> dict[str, An
 
 
 def fetching(folder: Path) -> list[dict[str, Any]]:
-    """Milliseconds of processor time an image of fetching remote shards and of indexing them, without a network."""
+    """Milliseconds of CPU time an image to fetch remote shards and to index them, without a network."""
     with tempfile.TemporaryDirectory() as cache:
         split = shards.open_split(f"pipe:cat {folder}/{{}}", "train")
         remote = shards.RemoteMembers(split, Path(cache), float("inf"))
@@ -164,7 +164,7 @@ def data_table(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def compare_loaders(sets: dict[str, Any], number: int, rounds: int, batch_size: int) -> list[dict[str, Any]]:
-    """Images per second of processor time of each data set, behind a loader with one worker; the first is the plain."""
+    """Images per second of CPU time of each data set, loaded by one worker; ratios are relative to the first."""
     batch_size = min(batch_size, number)
     loaders = {}
     for name, dataset in sets.items():
@@ -180,7 +180,7 @@ def compare_loaders(sets: dict[str, Any], number: int, rounds: int, batch_size: 
             loaders[name].sampler.set_epoch(epoch)
             began, cpu = time.perf_counter(), _processor_seconds()
             count = sum(len(labels) for _, labels in loaders[name])
-            if epoch > 0:  # the workers start in the first, and fill the file cache
+            if epoch > 0:  # in the first, the workers start and fill the file cache
                 costs[name].append((_processor_seconds() - cpu) / count)
                 walls[name].append((time.perf_counter() - began) / count)
     plain = next(iter(sets))
@@ -199,10 +199,10 @@ def compare_loaders(sets: dict[str, Any], number: int, rounds: int, batch_size: 
 
 
 def _processor_seconds() -> float:
-    """Of this process and of its workers, of which only one is at work at a time."""
+    """CPU seconds of this process and of its workers; only one worker works at a time."""
     seconds = time.process_time()
     for worker in multiprocessing.active_children():
-        # Fields 14 and 15, counted behind the name in brackets: time as user and in the kernel, in clock ticks.
+        # Fields 14 and 15 (the name in brackets is field 2): user and kernel time, in clock ticks.
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
         seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return seconds
@@ -232,7 +232,7 @@ def stages(sets: dict[str, Any], recipe: argparse.Namespace, repeats: int) -> li
                         stage = getattr(step, "__name__", type(step).__name__).strip("_")
                         image = timed(stage, step, image)
                 batch.append(image)
-                if decodes_later:  # it is within the crop's time: once more alone, as a whole
+                if decodes_later:  # it is part of the crop's time: once more alone, for the whole image
                     timed(f"{DECODE} (of these)", lambda path: decode(open_image(path)), path)
             batch = timed("collate", torch.stack, batch)
             if decodes_later:
@@ -243,10 +243,10 @@ def stages(sets: dict[str, Any], recipe: argparse.Namespace, repeats: int) -> li
 
 
 def share_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Of each loader: its milliseconds an image in the worker, and the shares of decoding, resizing and RandAugment.
+    """For each loader: milliseconds an image in the worker, and the shares of decoding, resizing and RandAugment.
 
     Args:
-        rows: Of :func:`stages`.
+        rows: From :func:`stages`.
     """
     table = []
     for loader in dict.fromkeys(row["loader"] for row in rows):

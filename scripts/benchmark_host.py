@@ -1,10 +1,10 @@
-"""Operators that a training step calls and the time the host takes to call them: small batches on a GPU wait for it.
+"""Operators that a training step calls, and the host's time to call them: with small batches a GPU waits for the host.
 
     python scripts/benchmark_host.py                  # DeiT-S and CaiT-S24 with the remedies against timm's
     python scripts/benchmark_host.py --amp-dtype none
 
 Both depend on the number of layers, not on their width: the models are thin and their images small, so that on a CPU
-nearly all time is that of calling. Forward and backward under autocast; views are not counted, they launch nothing.
+nearly all the time is spent on calls. Forward and backward under autocast; views are not counted, they launch nothing.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class _Counting(TorchDispatchMode):
 
 
 class _OpenTalkingHeads(torch.autograd.Function):
-    """``talking_heads``, itself one operator, as those of which it consists."""
+    """``talking_heads``, otherwise a single operator, as the operators it is made of."""
 
     made_of = talking_heads.talking_heads._init_fn
 
@@ -65,7 +65,7 @@ class _OpenTalkingHeads(torch.autograd.Function):
 
 
 class Step:
-    """Forward and backward of a thin model of as many layers as ``name`` has; ``name+remedy`` adds one to it."""
+    """Forward and backward of a thin model with as many layers as ``name``; ``name+remedy`` adds a remedy."""
 
     def __init__(self, name: str, amp_dtype: torch.dtype | None = torch.bfloat16) -> None:
         torch.manual_seed(0)
@@ -115,7 +115,7 @@ def host_table(args: argparse.Namespace) -> list[dict[str, Any]]:
                 start = time.process_time()
                 step()
                 measured.append(time.process_time() - start)
-        # The fastest tenth: others use the machine too, and can only add to it.
+        # The fastest tenth: other programs on the machine can only add time.
         host = [statistics.quantiles(measured, n=10)[0] for measured in times]
         for name, number, seconds in zip(names, calls, host, strict=True):
             ratios = dict(operator_ratio=number / calls[0], host_ratio=seconds / host[0])

@@ -44,7 +44,7 @@ FORWARD_BACKWARD = ("forward", "backward")
 
 
 class Timeline:
-    """Sums the time since the last stamp under the name of what ended just now; on a GPU, waits for it first."""
+    """Adds up the time of each part, from the last stamp to its own; on a GPU, waits for the device first."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -52,7 +52,7 @@ class Timeline:
         self.last = time.perf_counter()
 
     def stamp(self, ended: str, *hook_arguments: Any) -> None:
-        """Whatever a hook passes besides is ignored."""
+        """Ends the part ``ended``; further arguments, which hooks pass, are ignored."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
@@ -60,7 +60,7 @@ class Timeline:
         self.last = now
 
     def watch(self, trainer: engine.Trainer) -> None:
-        """Hooks into every part of ``trainer`` that has hooks."""
+        """Adds hooks to every part of ``trainer`` that takes them."""
 
         def around(module: nn.Module, before: str, after: str) -> None:
             module.register_forward_pre_hook(lambda *inputs: self.stamp(before))
@@ -75,7 +75,7 @@ class Timeline:
 
 
 class TimedEma(engine.Ema):
-    """timm's EMA, which has no hooks."""
+    """The EMA with stamps, since it has no hooks."""
 
     timeline: Timeline | None = None
 
@@ -88,7 +88,7 @@ class TimedEma(engine.Ema):
 
 
 def build_step(world: utils.World, *flags: str) -> tuple[engine.Trainer, list[tuple[Tensor, Tensor]]]:
-    """The recipe's trainer of ``flags`` and two batches of random bytes in the loader's form."""
+    """The recipe's trainer with ``flags``, and two batches of random bytes in the loader's form."""
     args = options.get_args_parser().parse_args(["--num-classes", str(NUM_CLASSES), *flags])
     model = build.build_model(args, NUM_CLASSES).to(world.device)
     ema = TimedEma(model, decay=args.model_ema_decay)

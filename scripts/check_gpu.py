@@ -1,12 +1,12 @@
-"""What a new machine's GPU makes of this repository: one command, at most nine minutes on one GPU, no network, no data.
+"""Checks this repository on a new machine's GPU: one command, at most nine minutes on one GPU, no network, no data.
 
     python scripts/check_gpu.py                              # everything; the results also go to check_gpu.json
     python scripts/check_gpu.py --only parity speed chunk
     python scripts/check_gpu.py --device cpu --quick         # the same code, small; its times mean nothing
 
 Every number is *held* (it meets its aim), *missed* (the line then names the flag or the constant to change) or
-*measured* (there is no aim). Sections run one after another with a limit of time each, on a GPU in processes of their
-own: one that fails or hangs loses only itself. The exit code is 1 if a check of correctness was missed or a section
+*measured* (there is no aim). Sections run one after another, each with a time limit and, on a GPU, in its own process:
+if one fails or hangs, only its results are lost. The exit code is 1 if a check of correctness was missed or a section
 failed.
 """
 
@@ -59,7 +59,7 @@ class Report:
         self, name: str, value: float | str, unit: str = "", *, at_most: float | None = None,
         at_least: float | None = None, change: str = "", correctness: bool = False,
     ) -> None:  # fmt: skip
-        """A measured value; with an aim it is held or missed, and ``change`` says what to do about the latter."""
+        """Adds a measured value; with an aim it is held or missed, and ``change`` says what to do if missed."""
         held = (at_most is None or value <= at_most) and (at_least is None or value >= at_least)
         aim = f"<= {at_most:g}" if at_most is not None else f">= {at_least:g}" if at_least is not None else ""
         verdict = "measured" if not aim else "held" if held else "missed"
@@ -67,7 +67,7 @@ class Report:
         self.write(line | dict(change=change if verdict == "missed" else "", correctness=correctness))
 
     def failed(self, reason: str) -> None:
-        """The section did not come to its end."""
+        """Notes that the section did not reach its end."""
         change = "its results so far are above; run it alone: --only " + self.section
         line = dict(section=self.section, name="section", value=reason, unit="", aim="", verdict="failed")
         self.write(line | dict(change=change, correctness=True))
@@ -97,7 +97,7 @@ class Setting(argparse.Namespace):
         return self.device.type == "cuda"
 
     def wait(self) -> None:
-        """Until the device has done what was asked of it."""
+        """Waits until the device has finished its work."""
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
@@ -109,7 +109,7 @@ class Setting(argparse.Namespace):
         return build(name, 32, self.device, **QUICK)
 
     def time(self, runners: list[Runner], phase: str, steps: int, rounds: int = 3) -> list[tuple[float, float]]:
-        """(step, host) in milliseconds for each: its fastest round; they take turns, after a step each to warm up."""
+        """(step, host) milliseconds of each runner's fastest round; they take turns, after a warm-up round."""
         best = [(math.inf, math.inf)] * len(runners)
         for number in range(rounds + 1):
             for i, runner in enumerate(runners):
@@ -185,7 +185,7 @@ def parity(setting: Setting, report: Report) -> None:
             beside = _gradient(plain, images.to(setting.device), targets.to(setting.device), dtype)
             error, of_definition = (float((g - exact).norm() / exact.norm()) for g in (found, beside))
             precision = "float32" if dtype is None else str(dtype)[6:]
-            # As good as the definition in the same precision is good enough, however bad that is.
+            # Up to 1.5 times the definition's own error in this precision is good enough.
             limit = max(limit, 1.5 * of_definition)
             report.add(
                 f"{name}, {precision}: gradient", error, at_most=limit, correctness=True,
@@ -398,7 +398,7 @@ def training(setting: Setting, report: Report) -> None:
 
 
 def share(setting: Setting, report: Report) -> None:
-    """What of a step lies outside forward and backward, in the recipe's own loop."""
+    """The part of a step outside forward and backward, in the recipe's own loop."""
     batches = (64, 256) if setting.on_gpu else (4,)
     for batch in batches:
         args = argparse.Namespace(device=str(setting.device), quick=True, batch_size=batch, steps=20)
@@ -412,7 +412,7 @@ def share(setting: Setting, report: Report) -> None:
 
 
 def data(setting: Setting, report: Report) -> None:
-    """Images a second that one core feeds, and how many cores this GPU wants at DeiT-S."""
+    """Images a second that one core loads, and how many cores this GPU needs with DeiT-S."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         number = 192 if setting.on_gpu else 8
@@ -467,7 +467,7 @@ def resume(setting: Setting, report: Report) -> None:
         report.add("test loss, killed and resumed against whole", difference, at_most=1e-2, correctness=True)
 
 
-# Name -> what to run and its limit in seconds; in the order of value, for when time runs out.
+# Name -> what to run and its limit in seconds; the most valuable first, in case time runs out.
 SECTIONS: dict[str, tuple[Callable[[Setting, Report], None], float]] = {
     "environment": (environment, 60),
     "parity": (parity, 90),
@@ -505,7 +505,7 @@ def _limit(seconds: float) -> Iterator[None]:
 
 
 def run_section(name: str, setting: Setting, path: Path, limit: float) -> None:
-    """Runs one section here; what it raises, or that it takes too long, becomes its last result."""
+    """Runs one section in this process; an error or a timeout becomes its last result."""
     report = Report(path, name)
     try:
         with _limit(limit):
@@ -520,7 +520,7 @@ def run_section(name: str, setting: Setting, path: Path, limit: float) -> None:
 
 
 def run_apart(name: str, args: argparse.Namespace, path: Path, limit: float) -> None:
-    """Runs one section in a process of its own, which a crashed driver or a hang cannot outlive."""
+    """Runs one section in its own process, so that a crashed driver or a hang ends with that process."""
     words = [sys.executable, str(Path(__file__)), "--section", name, "--lines", str(path), "--device", args.device]
     words += ["--seconds", str(limit)] + ["--quick"] * args.quick
     try:

@@ -5,7 +5,7 @@
         --seeds 5 --output_dir logs/compare/small --data-set FOLDER --data-path data/digits --epochs 20
 
 A study is a TOML file (docs/compare.md), or arms on the command line; flags that are not in this script's --help are
-main.py's, for all runs. A study that was stopped goes on where it was, by the same command, and nothing is run twice.
+main.py's, for all runs. The same command continues a study that was stopped, and nothing is run twice.
 In --output_dir come report.html (one page with all figures), table.md, results.csv (each epoch of each run),
 layers.csv, comparison.csv (means, differences, intervals), figures as PNG, and runs/, one folder of main.py each.
 """
@@ -146,7 +146,7 @@ def main(args: argparse.Namespace, flags: list[str]) -> int:
 
 
 def list_runs(runs: list[Run], folder: Path) -> None:
-    """Prints each run, whether it is there, and its command."""
+    """Prints each run, how far it is, and its command."""
     for one in {one.identity: one for one in runs}.values():
         where = find_folder(folder, one)
         state = "done" if is_finished(where) else f"epoch {epochs_done(where)} of {one.epochs}"
@@ -157,7 +157,8 @@ def list_runs(runs: list[Run], folder: Path) -> None:
 def parse_args(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags of :func:`get_parser` with ``study``, and those of ``main.py``.
 
-    The study is the first word, no positional argument: argparse would take the value of a flag of ``main.py`` for it.
+    The study is taken from the first word. As a positional argument, argparse would confuse it with the value of one of
+    ``main.py``'s flags.
     """
     study, rest = (entry.user_path(words[0]), words[1:]) if words and not words[0].startswith("-") else (None, words)
     return get_parser().parse_known_args(rest, argparse.Namespace(study=study))

@@ -3,7 +3,7 @@
 python scripts/export.py --checkpoint logs/run/best_checkpoint.pth --output model.onnx [--ema]
 
 The ending of --output selects the format: model.safetensors (the weights), model.onnx (ONNX) or model.pt2
-(torch.export), the latter two whole models for any number of images. The file is read back and compared with the
+(torch.export); the latter two are whole models for any number of images. The file is read back and compared with the
 model before it is renamed to --output. docs/export.md shows how to use each format.
 """
 
@@ -46,18 +46,18 @@ CARD_NOTE = "<!-- by scripts/export.py, which writes it anew with each export to
 DESCRIPTION = {"model", "model_kwargs", "num_classes", "input_size", "weights"}  # keys of every description
 ENDINGS = (".safetensors", ".onnx", ".pt2")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-OPSETS, OPSET = range(18, 24), 20  # what torch's exporter writes and onnxruntime reads; torch 2.14's own choice
+OPSETS, OPSET = range(18, 24), 20  # those that torch's exporter writes and onnxruntime reads; torch 2.14's default
 BATCH_SIZES = (1, 2, 5)  # 2 is the one that is traced
 TOLERANCE = 1e-4  # of the largest logit, or of 1 where all are smaller
 
 
 def describe(checkpoint: dict[str, Any], weights: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What is needed to build the model again, and how good it is; None where neither file nor flags say.
+    """What is needed to build the model again, and its accuracy; None where neither file nor flags say.
 
     Args:
-        checkpoint: From `checkpoints.read`.
-        weights: Its entry that is exported, ``model`` or ``model_ema``.
-        args: Flags; what they give goes before what the checkpoint says.
+        checkpoint: From ``read_checkpoint``.
+        weights: The entry that is exported, ``model`` or ``model_ema``.
+        args: Flags; they take precedence over the checkpoint.
 
     Raises:
         ModelError: The model's name is unknown.
@@ -101,7 +101,7 @@ def preprocessing(model: nn.Module, input_size: int, crop_ratio: float | None) -
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, opset: int) -> Callable[[Tensor], Tensor]:
     """Writes ONNX, one file up to 1.5 GiB of weights, and returns it as onnxruntime runs it on the CPU."""
-    import onnxruntime  # not everybody who exports weights has it
+    import onnxruntime  # only this format needs it
 
     names = dict(input_names=["images"], output_names=["logits"])
     torch.onnx.export(program, opset_version=opset, verbose=False, **names).save(path)
@@ -110,7 +110,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, opset: int) ->
 
 
 def write_pt2(program: torch.export.ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
-    """Writes torch.export's archive and returns it as loaded again."""
+    """Writes torch.export's archive and returns the program loaded from it."""
     torch.export.save(program, path)
     return torch.export.load(path).module()
 
@@ -124,7 +124,7 @@ def compare(model: nn.Module, exported: Callable[[Tensor], Tensor], shape: tuple
         expected = model(images)
         differences.append((exported(images) - expected).abs().max())
         logits.append(expected.abs().max())
-    # Of tensors, since Python's max() would pass over a NaN.
+    # Maxima of tensors: Python's max() could miss a NaN.
     return {
         "batch_sizes": BATCH_SIZES,
         "max_difference": torch.stack(differences).max().item(),
@@ -133,7 +133,7 @@ def compare(model: nn.Module, exported: Callable[[Tensor], Tensor], shape: tuple
 
 
 def check_description(output: Path) -> None:
-    """Refuses an ``--output`` whose ``.json`` or ``.md`` is there already and is not that of an export.
+    """Refuses an ``--output`` whose ``.json`` or ``.md`` exists already and is not from an export.
 
     Raises:
         ArgumentError: If it is somebody else's file (``package.json`` beside ``package.safetensors``).
@@ -180,13 +180,13 @@ def usage(output: Path, about: dict[str, Any]) -> list[str]:
 
 
 def export(args: argparse.Namespace) -> dict[str, Any]:
-    """Writes ``--output``, its ``.json`` and, where the model is known, its card; returns the content of the second.
+    """Writes ``--output``, its ``.json`` and, if the model is known, its card; returns the content of the ``.json``.
 
     Raises:
         ArgumentError: A flag is missing or wrong.
         ModelError: The model cannot be built.
-        CheckpointError: The checkpoint cannot be read, or has no EMA weights, or is of another model than is said; or
-            the model cannot be exported, or what was written computes something else.
+        CheckpointError: The checkpoint cannot be read, has no EMA weights, or is of another model than the flags say;
+            or the model cannot be exported, or the written file computes something else.
     """
     output, suffix = args.output, args.output.suffix
     if suffix not in ENDINGS:
@@ -203,7 +203,7 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     weights = "model_ema" if args.ema else "model"
     if checkpoint.get(weights) is None:
         raise CheckpointError(f"{args.checkpoint}: has no EMA weights: leave --ema out")
-    # Tensors that share memory are refused by safetensors, and strided ones change their layout: copy all.
+    # safetensors refuses tensors that share memory and changes the layout of strided ones: copy all.
     state_dict = {name: tensor.clone().contiguous() for name, tensor in checkpoint[weights].items()}
     about = describe(checkpoint, weights, args)
     missing = [flag for flag in ("model", "num_classes") if about[flag] is None]
@@ -223,7 +223,7 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
         path = Path(folder) / output.name
         if suffix == ".safetensors":
-            path.write_bytes(save(state_dict, metadata={"format": "pt"}))  # save_file hides it from all but its owner
+            path.write_bytes(save(state_dict, metadata={"format": "pt"}))  # save_file would let only the owner read it
             torch.testing.assert_close(load_file(path), state_dict, rtol=0, atol=0, equal_nan=True)
         else:
             if suffix == ".onnx":

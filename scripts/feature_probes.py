@@ -1,8 +1,7 @@
-"""What frozen features tell of the classes: the vote of nearest neighbours, and a logistic regression.
+"""Classification from frozen features: k-nearest-neighbour voting and logistic regression.
 
-Both read the features, a matrix in memory, a block of rows at a time: how much memory they need beside it depends on
-the number of classes, not on the number of images. Blocks are cut by position alone, so what is computed of them is the
-same whichever process does it.
+Both read the features, a matrix in memory, one block of rows at a time. So the memory they need besides depends on the
+number of classes, not of images. Blocks are cut by position alone, so a block's result is the same in any process.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QUERIES, ROWS = 256, 8192  # of a block: images that look for neighbours, and images among which they look
+QUERIES, ROWS = 256, 8192  # images of a block: of queries, and of any other features
 
 
 class Features(NamedTuple):
@@ -23,7 +22,7 @@ class Features(NamedTuple):
 
 
 def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
-    """Images whose label has the highest score, and one of the five highest: shape (2,), int64.
+    """Number of images whose label has the highest score, or one of the five highest: shape (2,), int64.
 
     Args:
         scores: Shape (N, classes).
@@ -70,7 +69,7 @@ def knn_correct(
     world_size: int = 1,
     after_block: Callable[[int], None] = lambda images: None,
 ) -> Tensor:
-    """Right answers of the vote of the k nearest neighbours by cosine, each weighted by exp(similarity / temperature).
+    """Correct k-NN classifications; neighbours by cosine vote with weight exp(similarity / temperature).
 
     Args:
         bank: Images that vote.
@@ -78,7 +77,7 @@ def knn_correct(
         ks: Numbers of neighbours, each at most the size of ``bank``.
         classes: Number of classes.
         temperature: Of the weights.
-        rank: Which of the blocks of queries: every ``world_size``-th from this on. All ranks together do each once.
+        rank: Takes every ``world_size``-th block of queries from this one on; all ranks together do each block once.
         world_size: Processes that share the queries.
         after_block: Called with the number of queries just done.
 
@@ -121,15 +120,15 @@ class LinearProbe(NamedTuple):
 def fit_linear(data: Features, chosen: Tensor, *, classes: int, l2: float, iterations: int) -> LinearProbe:
     """Multinomial logistic regression on standardised features, by L-BFGS with a line search, in float32.
 
-    It minimises the mean cross entropy + l2 / 2 * ||weight||^2. That is convex: the result depends on nothing but the
-    data, unless ``iterations`` end it early. Of scikit-learn's ``LogisticRegression`` it is ``C = 1 / (l2 * images)``.
+    It minimises the mean cross entropy + l2 / 2 * ||weight||^2. That is convex: the result depends on the data alone,
+    unless ``iterations`` end it early. In scikit-learn's ``LogisticRegression`` this is ``C = 1 / (l2 * images)``.
 
     Args:
         data: Features, of which some are used.
         chosen: Rows to train on, shape (n,), int64.
         classes: Number of classes.
         l2: Weight of the penalty, above 0.
-        iterations: At most so many; the result says how many it took.
+        iterations: Largest number of iterations; the result has the number taken.
     """
     blocks = chosen.split(ROWS)
 
@@ -147,7 +146,7 @@ def fit_linear(data: Features, chosen: Tensor, *, classes: int, l2: float, itera
         [weight, bias],
         max_iter=iterations,
         max_eval=10 * iterations,
-        tolerance_grad=1e-4 / classes,  # a class has this share of the images, and its gradient of their mean
+        tolerance_grad=1e-4 / classes,  # a class has 1 / classes of the images, and about that share of the gradient
         tolerance_change=0,
         line_search_fn="strong_wolfe",
     )

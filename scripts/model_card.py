@@ -45,7 +45,7 @@ DATASETS = {
     "INAT": (None, "iNaturalist 2018"),
     "INAT19": (None, "iNaturalist 2019"),
 }
-# Of a run's arguments these alone are published; what is not named here, paths above all, stays at home.
+# The only arguments of a run that are published; all others, above all paths, are left out.
 RECIPE = (
     *("model", "model_kwargs", "remedy", "input_size", "drop", "drop_path", "model_ema", "model_ema_decay"),
     *("data_set", "batch_size", "epochs", "grad_accum", "seed", "amp_dtype", "fast_loader"),
@@ -125,7 +125,7 @@ def epochs_of(source: str) -> list[dict[str, Any]]:
 
 
 def accuracies(log: list[dict[str, Any]], checkpoint: dict[str, Any], ema: bool) -> list[Accuracy]:
-    """Those of these weights first, if their epoch is in the log, then those of the best and of the last epoch."""
+    """Accuracies of these weights, if their epoch is in the log, then of the best and of the last epoch."""
     if not log:
         return []
     chosen_by = "val_acc1" if "val_acc1" in log[-1] else "test_acc1"
@@ -162,7 +162,7 @@ def remedy_section(model: nn.Module) -> list[str]:
         try:
             what, _, formula = describe_parameter(kind).partition(": ")
             parts.append(f"`{kind}`, {what}: `{formula}`")
-        except StopIteration:  # of a module that the remedy adds, such as a linear layer's weight
+        except StopIteration:  # a parameter of a module that the remedy adds, such as a linear layer's weight
             parts.append(f"`{kind}`, parameter of the remedy")
         cells = [
             [
@@ -213,7 +213,7 @@ def draw_logged(log: list[dict[str, Any]], checkpoint: dict[str, Any]) -> tuple[
 
 
 def draw_measured(model: nn.Module, folder: Path, input_size: int, crop_ratio: float | None) -> tuple[Figure, str]:
-    """The same two curves of this model on images of ``folder``, with a caption.
+    """The curves of :func:`draw_logged`, measured for this model on images of ``folder``, with a caption.
 
     Raises:
         UnsupportedModelError: If its attention cannot be recomputed.
@@ -254,14 +254,14 @@ def write_card(
         file: The Markdown file.
         title: Name of the model in the heading and the metadata.
         model: With the weights that the card is about.
-        checkpoint: From ``read_checkpoint``; what its ``args`` say of the recipe is published, no path.
-        source: Where that came from; the ``log.txt`` beside it has the accuracies and the spectrum.
+        checkpoint: From ``read_checkpoint``; the recipe in its ``args`` is published, but no path.
+        source: The checkpoint's file; the ``log.txt`` beside it has the accuracies and the spectrum.
         ema: Whether the weights are the EMA's.
         usage: Lines of Python.
         library: The Hub's name of the library that reads the weights.
-        licence: Of the weights, by the Hub's identifiers.
+        licence: Licence of the weights, by the Hub's identifiers.
         images: Folder of images to measure the spectrum on; None: as the run has logged it.
-        figure_name: Of the figure's file.
+        figure_name: Name of the figure's file.
         input_size: Side of the model's images; None: as the checkpoint says, else the model's own.
         note: Put at the end.
 
@@ -301,7 +301,7 @@ def write_card(
     )
     added = sum(p.numel() for n, p in model.named_parameters() if oversmoothing.is_remedy_parameter(n))
     size = input_size or trained.get("input_size") or resolve_data_config({}, model=model)["input_size"][-1]
-    of_gradients = copy.deepcopy(model).requires_grad_(True)  # what the counter needs
+    of_gradients = copy.deepcopy(model).requires_grad_(True)  # the counter needs gradients
     gmacs = count_macs(of_gradients, torch.zeros(1, getattr(model, "in_chans", 3), size, size)) / 1e9
     trained_on = f", trained on {dataset}" if trained else ""
     parts = [

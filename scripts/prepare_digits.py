@@ -56,8 +56,8 @@ def planned_files(part: int = 1, parts: int = 1) -> dict[str, np.ndarray]:
     """All files of the tree.
 
     Args:
-        part: Which part of the training images of each digit, from 1; the validation images are all of them.
-        parts: Into how many they are dealt out, in turn.
+        part: Which part of the training images of each digit, from 1; the validation images are always complete.
+        parts: Number of parts; the images are dealt out to them in turn.
 
     Returns:
         Relative paths such as ``train/7/0012.png``, each with its image: shape (8, 8), values 0 to 16.

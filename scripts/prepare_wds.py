@@ -52,11 +52,11 @@ from readers.images import load_image, open_image
 SPLITS = ("train", "val")
 SIZE = re.compile(r"(\d+)(MB)?", re.IGNORECASE)
 QUALITY = 90  # of what --max-side makes; FFCV's choice for ImageNet
-EXTENSIONS = {".jpeg": "jpg"}  # what readers of WebDataset look for; the content is what it was
+EXTENSIONS = {".jpeg": "jpg"}  # what readers of WebDataset look for; the content stays the same
 
 
 def shard_size(text: str) -> tuple[int, int | float]:
-    """``--shard-size`` as the largest number of images and of bytes of a shard."""
+    """``--shard-size`` as the largest number of images and of bytes in a shard."""
     found = SIZE.fullmatch(text.strip())
     if not found or not int(found[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size: give a number of images (1000) or of megabytes (100MB)")
@@ -76,7 +76,7 @@ def name_of(file: str | Member) -> str:
 
 
 def key_of(index: int, file: str | Member) -> str:
-    """Name of a sample, without extension: its place in the sorted tree, then what it is called there."""
+    """Name of a sample, without extension: its position in the sorted tree, then its name there."""
     stem = posixpath.splitext(posixpath.basename(name_of(file)))[0]
     return f"{index:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', stem)[:60]}"
 
@@ -104,7 +104,7 @@ def pixels(text: str) -> int:
 
 
 def shrink(file: str | Member, max_side: int | None) -> bytes | None:
-    """JPEG of an image whose longer side is more than ``max_side`` pixels, so that it has as many; None for others.
+    """An image as JPEG with its longer side reduced to ``max_side`` pixels; None if it is not longer than that.
 
     Raises:
         DataError: If it cannot be read.
@@ -139,12 +139,12 @@ def write_shard(path: Path, dataset: DatasetFolder, indices: list[int], max_side
 
 
 def check_shard(path: Path, dataset: DatasetFolder, indices: list[int], max_side: int | None = None) -> np.ndarray:
-    """Table of a shard that is there, if it holds exactly the images ``indices``: names, labels and sizes.
+    """Table of an existing shard, after a check that it holds exactly the images ``indices``: names, labels, sizes.
 
-    Of the images that ``max_side`` makes smaller only the first is made again for its size.
+    Of the images that ``max_side`` makes smaller, only the first is made again to compare its size.
 
     Raises:
-        DataError: If it does not.
+        DataError: If it holds something else.
     """
     table = shards.scan_shard(str(path))
     found = [(os.fsdecode(row["name"]).partition(".")[0], row["label"], row["size"]) for row in table]
@@ -254,7 +254,7 @@ def write_index(
 
 
 def write_atomically(path: Path, write: Any) -> None:
-    """Lets ``write`` fill a file that has its final name only when it is complete."""
+    """Lets ``write`` fill a file that gets its final name only when it is complete."""
     partial = path.with_name(f"{path.name}.part")
     with open(partial, "wb") as file:
         write(file)

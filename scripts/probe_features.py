@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 scripts/probe_features.py --resume logs/run/checkpoint.pth --data-path /data/imagenet \\
         --feature cls --results-file probes.json --save-features features.npz
 
-Every training and evaluation image goes through the model once, as in evaluation, without augmentation. Its feature is
-kept in memory by each process, the rest is computed from these. With several processes each takes a share of the
+Every training and evaluation image goes through the model once, as in evaluation, without augmentation. Each process
+keeps all features in memory; everything else is computed from them. With several processes each takes a share of the
 images, and each image counts once. docs/probes.md explains the numbers.
 """
 
@@ -238,7 +238,7 @@ def check_model(args: argparse.Namespace, model: nn.Module, size: int) -> None:
 
 
 class Indexed(Dataset):
-    """(image, label, index): where in the data set an image belongs."""
+    """Items (image, label, index); the index is the image's position in the data set."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -252,7 +252,7 @@ class Indexed(Dataset):
 
 
 def build_loaders(args: argparse.Namespace, size: int, config: dict, world: World) -> tuple[list[DataLoader], int]:
-    """This rank's share of the training and of the evaluation images, all as in evaluation; and the classes."""
+    """This rank's share of the training and evaluation images, all transformed as in evaluation; number of classes."""
     options = DataOptions.from_args(argparse.Namespace(**(vars(args) | {"input_size": size})))
     transform = build_transform(False, options, config)
     count_classes(options)  # explains what is wrong with the classes
@@ -279,7 +279,7 @@ def build_loaders(args: argparse.Namespace, size: int, config: dict, world: Worl
 
 @torch.inference_mode()
 def extract(args: argparse.Namespace, model: nn.Module, loader: DataLoader, world: World, name: str) -> Features:
-    """Features of all images of a data set in its order, on every rank; each image is one row, whoever computed it.
+    """Features of all images in the data set's order, on every rank; each image is one row, whichever rank computed it.
 
     Raises:
         ValueError: If a feature is not finite.
@@ -310,7 +310,7 @@ def extract(args: argparse.Namespace, model: nn.Module, loader: DataLoader, worl
 
 
 def progress(world: World, total: int, what: str) -> tqdm:
-    """Bar with the time that is left, of rank 0; in a file, a line every half minute."""
+    """Rank 0's progress bar, with the time left; in a file, a line every half minute."""
     seconds = 0.5 if sys.stderr.isatty() else 30
     return tqdm(total=total, desc=what, unit="image", disable=not world.is_main, mininterval=seconds)
 
@@ -345,9 +345,9 @@ def run_knn(args: argparse.Namespace, train: Features, val: Features, classes: i
 def choose_l2(
     args: argparse.Namespace, train: Features, classes: int, world: World
 ) -> tuple[float, list[dict[str, Any]]]:
-    """The penalty of the highest accuracy on held-out training images, and what each one has there.
+    """The penalty with the highest accuracy on held-out training images, and the results of every penalty.
 
-    The ranks share the penalties: each fit is one process's, so that it is the same for any number of them.
+    The ranks share the penalties. One process makes a whole fit, so the results are the same for any number of ranks.
 
     Raises:
         DataError: If a class has a single training image.
@@ -367,7 +367,7 @@ def choose_l2(
         blocks = held_out.split(ROWS)
         correct = sum(count_correct(fitted.logits(train.values[b]), train.labels[b])[0] for b in blocks)
         found[position, 0], found[position, 1] = correct, fitted.iterations
-        left = (time.monotonic() - began) / done * (len(mine) - done + 1)  # the last fit, on all images, comes then
+        left = (time.monotonic() - began) / done * (len(mine) - done + 1)  # + 1: the last fit, on all images
         say(world, f"linear probe, fit {done} of {len(mine) + 1}  eta: {timedelta(seconds=round(left))}")
     if world.distributed:
         dist.all_reduce(found)
@@ -381,7 +381,7 @@ def choose_l2(
 def run_linear(
     args: argparse.Namespace, train: Features, val: Features, classes: int, world: World
 ) -> tuple[dict[str, Any], Tensor] | None:
-    """Results and logits of the evaluation images; on rank 0, the others have nothing left to do."""
+    """Results and logits of the evaluation images on rank 0; None on the others, which have nothing left to do."""
     l2, sweep = choose_l2(args, train, classes, world)
     if not world.is_main:
         return None
@@ -439,7 +439,7 @@ def main(args: argparse.Namespace) -> None:
 def describe(
     args: argparse.Namespace, model: nn.Module, size: int, train: Features, val: Features, classes: int
 ) -> dict[str, Any]:
-    """What a reader needs to make the same numbers again."""
+    """What a reader needs to reproduce the numbers."""
     return {
         "model": model.pretrained_cfg.get("architecture") or args.model,
         "weights": args.resume or ("pretrained" if args.pretrained else "random"),

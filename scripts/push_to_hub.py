@@ -3,10 +3,10 @@
     python scripts/push_to_hub.py logs/run owner/name --dry-run logs/card   # writes the files for review
     python scripts/push_to_hub.py logs/run owner/name                       # uploads them (after `hf auth login`)
 
-Uploaded are model.safetensors, config.json, README.md and, where the over-smoothing was measured, its figure, and
-nothing else of the run: of its arguments only the recipe, no path.
-``timm.create_model("hf-hub:owner/name", pretrained=True)`` loads it; before anything is uploaded this script does that
-with its files and compares every weight.
+It uploads model.safetensors, config.json, README.md and, if the over-smoothing was measured, its figure. Nothing else
+of the run is published; of its arguments only the recipe is, no path.
+``timm.create_model("hf-hub:owner/name", pretrained=True)`` loads the result. Before the upload, this script does the
+same with the files and compares every weight.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from scripts.model_card import write_card
 
 
 def find_checkpoint(source: str) -> str:
-    """The checkpoint that is meant: of a run's folder the best one, else the last; anything else as it is.
+    """The checkpoint of ``source``: in a run's folder the best one, else the last; anything else as it is.
 
     Raises:
         CheckpointError: If the folder holds none.
@@ -74,7 +74,7 @@ def write_folder(folder: Path, args: argparse.Namespace) -> None:
 
     Raises:
         CheckpointError: If the run cannot be read.
-        AssertionError: If what was written is another model than what was read.
+        AssertionError: If the written model differs from the one that was read.
     """
     source = find_checkpoint(args.run)
     checkpoint = read_checkpoint(source)
@@ -116,7 +116,7 @@ def upload(folder: Path, repository: str, private: bool) -> str:
     A README.md that is there already is kept: it may have been edited.
 
     Raises:
-        CheckpointError: If it exists and everyone may read it, though ``private`` is asked for.
+        CheckpointError: If the repository exists and is public, though ``private`` is asked for.
     """
     api = HfApi()
     api.create_repo(repository, private=private or None, exist_ok=True)

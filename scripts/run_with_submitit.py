@@ -43,11 +43,11 @@ class Task:
     which saves and leaves with ``EXIT_PREEMPTED``. Only then, and only if submitit's signal came, does the job go back
     to the queue: SIGTERM alone is also what ``scancel`` sends, and a run that failed would fail again.
 
-    The job's processes get this class by value, without this repository on their path: it uses no module of it.
+    The job's processes get this class by value, without this repository on their path: it uses none of its modules.
 
     Args:
         flags: Of ``main.py``.
-        port: Rendezvous of the processes where the executor is not Slurm, whose variables ``main.py`` understands.
+        port: Port of the rendezvous without Slurm; with Slurm, ``main.py`` reads its variables.
     """
 
     def __init__(self, flags: list[str], port: int) -> None:
@@ -66,7 +66,7 @@ class Task:
         job = submitit.JobEnvironment()
         preemption = getattr(signal, f"SIG{job.USR_SIG}")
         requeue = signal.getsignal(preemption)
-        # main.py inherits the mask: some clusters signal every process of a job, and this one would end it.
+        # main.py inherits the mask: some clusters signal every process of a job, and this signal would end main.py.
         signal.pthread_sigmask(signal.SIG_BLOCK, {preemption})
         command = [sys.executable, str(ROOT / "main.py"), *self.flags]
         self.child = subprocess.Popen(command, env=os.environ | self._group(job))
@@ -78,7 +78,7 @@ class Task:
         finally:
             if self.child.returncode is None:  # Ctrl-C
                 self.child.kill()
-        stopped = code in (EXIT_PREEMPTED, -signal.SIGTERM)  # the latter before it began to train
+        stopped = code in (EXIT_PREEMPTED, -signal.SIGTERM)  # the latter if it had not begun to train
         deadline = time.monotonic() + PATIENCE_S
         while stopped and not self.requeue_asked and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -86,7 +86,7 @@ class Task:
             if job.global_rank == 0:
                 signal.signal(preemption, requeue)
                 signal.raise_signal(preemption)  # submitit calls `checkpoint`, queues the job again and exits
-            sys.exit(0)  # an error here might end rank 0 before it has done so
+            sys.exit(0)  # an error code here might end rank 0 before it has requeued the job
         if code:
             reason = "it was stopped, not preempted" if stopped else "its error is in the lines above"
             raise submitit.core.utils.UncompletedJobError(
@@ -94,7 +94,7 @@ class Task:
             )
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What submitit queues after a preemption: the same again, which finds its checkpoint by --auto_reload."""
+        """What submitit queues after a preemption: the same task, which finds its checkpoint by --auto_reload."""
         return submitit.helpers.DelayedSubmission(Task(self.flags, self.port))
 
     def _group(self, job: submitit.JobEnvironment) -> dict[str, str]:
@@ -170,8 +170,8 @@ def make_executor(job: argparse.Namespace, run: argparse.Namespace) -> submitit.
             stderr_to_stdout=True,
             slurm_signal_delay_s=job.signal_delay,
             slurm_additional_parameters={"requeue": True},
-            # The first process to leave after a preemption must not end the others, nor the job wait for them forever;
-            # and since Slurm 22.05 srun does not take the cores of a process from sbatch.
+            # The first process to leave after a preemption must not end the others, and the job must not wait for them
+            # forever. Since Slurm 22.05, srun does not inherit the cores of a process from sbatch.
             slurm_srun_args=["--kill-on-bad-exit=0", "--wait=300", f"--cpus-per-task={job.cpus_per_task}"],
             **{f"slurm_{name}": value for name, value in asked.items()},
         )
@@ -181,10 +181,10 @@ def make_executor(job: argparse.Namespace, run: argparse.Namespace) -> submitit.
 
 
 def check(job: argparse.Namespace, run: argparse.Namespace) -> None:
-    """Refuses what would fail in the queue only.
+    """Refuses flags that would fail only after the job was queued.
 
     Raises:
-        ArgumentError: With all that is wrong with the flags.
+        ArgumentError: If a flag is missing or wrong; further errors as ``check_model_names`` and ``check_flags``.
     """
     check_args(run)
     check_model_names(run)
@@ -205,7 +205,7 @@ def submit(words: list[str] | None = None) -> tuple[submitit.Job, str]:
     """Queues the job of this script's flags and ``main.py``'s; returns it and the kind of its executor.
 
     Raises:
-        ArgumentError: One of ``REFUSALS``, as all that are raised here: the flags contradict each other.
+        ArgumentError: If a flag is missing or wrong. Other errors raised here are in ``REFUSALS``, too.
     """
     job, flags = get_args_parser().parse_known_args(words)
     run = get_run_parser().parse_args(flags)

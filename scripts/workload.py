@@ -1,7 +1,7 @@
 """How much work the benchmarks give a device where no flag says so.
 
-A GPU must have work at all times: with the small batches that suit a CPU it waits for the host, and what is measured is
-the time of launching kernels. So on CUDA batches are large, under bfloat16 autocast, with more steps and warm-up.
+A GPU must have work at all times: with the small batches that suit a CPU it waits for the host, and the benchmark
+measures kernel launches. So on CUDA batches are large, under bfloat16 autocast, with more steps and warm-up.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class Workload(NamedTuple):
     amp_dtype: str | None = None  # None: float32
 
 
-# Of each benchmark: on a CPU, there with --quick, on CUDA, there with --quick.
+# Of each benchmark: on a CPU, on a CPU with --quick, on CUDA, on CUDA with --quick.
 WORKLOADS = {
     "models": (Workload(8, 7), Workload(2, 3), Workload(256, 30, 5, "bfloat16"), Workload(64, 10, 3, "bfloat16")),
     "model": (Workload(64, 10, 3),) * 2 + (Workload(256, 50, 10, "bfloat16"),) * 2,
@@ -34,8 +34,8 @@ def workload(benchmark: str, device: str | torch.device, *, quick: bool = False,
     Args:
         benchmark: Its name.
         device: Where it runs.
-        quick: Whether little is enough.
-        img_size: In pixels; a CUDA batch of larger images than 224 is a quarter, for the memory of timm's CaiT.
+        quick: Whether a small workload is enough.
+        img_size: In pixels; above 224, a CUDA batch is a quarter, so that timm's CaiT fits into memory.
     """
     cuda = torch.device(device).type == "cuda"
     chosen = WORKLOADS[benchmark][2 * cuda + quick]
@@ -43,5 +43,5 @@ def workload(benchmark: str, device: str | torch.device, *, quick: bool = False,
 
 
 def precision(amp_dtype: str | None, default: str | None) -> str | None:
-    """``--amp-dtype``, of which "none" is float32, or else the workload's; None: float32."""
+    """``--amp-dtype`` ("none" is float32), or else the workload's; returns None for float32."""
     return None if amp_dtype == "none" else amp_dtype or default
