@@ -22,8 +22,8 @@ __all__ = [
 # timm's sampler gives the indices of DeiT's RASampler, and a whole epoch instead of none below 256 images.
 RASampler = RepeatAugSampler
 
-# For remote shards, in images of one process: how far shuffling may move an image from its place in the shard. At 110 kB
-# an image, this and readers.loader.LOOK_AHEAD together take 1.4 GB of the cache.
+# For remote shards, in images of one process: how far shuffling may move an image from its place in the shard. With
+# readers.loader.LOOK_AHEAD it takes 1.4 GB of the cache at 110 kB an image.
 SHUFFLE_WINDOW = 8192
 
 

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from .archives import DataError
 from .shards import FetchAhead, RemoteMembers
 
-LOOK_AHEAD = 4096  # images: so long before one of a remote shard is needed, its shard is asked for
+LOOK_AHEAD = 4096  # images: how early a remote shard is requested before its image is needed
 FILES_OF_A_WORKER, OTHER_FILES = 8, 64  # open in the main process: pipes and batches of a worker; everything else
 _workers: WeakKeyDictionary[DataLoader, list] = WeakKeyDictionary()  # of the loaders that are running
 
@@ -133,10 +133,10 @@ class _Pausable(Sampler):
 
 
 class _Fetching(Sampler):
-    """Passes on the keys of a sampler, and has the shards of the next ones fetched meanwhile.
+    """Passes on the keys of a sampler while threads fetch the shards of the next ones.
 
     Args:
-        sampler: Of indices, or of tuples that begin with one.
+        sampler: Yields indices, or tuples that begin with one.
         remote: The shards.
     """
 

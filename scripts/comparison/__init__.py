@@ -1,1 +1,1 @@
-"""What ``scripts/compare.py`` consists of: the study and its runs, their execution, the statistics and the page."""
+"""The parts of ``scripts/compare.py``: the study and its runs, their execution, the statistics and the page."""

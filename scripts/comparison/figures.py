@@ -26,9 +26,9 @@ def draw_all(results: Results, arms: Sequence[str], settings: Sequence[str], bas
     """Every figure that has something to show.
 
     Args:
-        results: Of the study.
+        results: Results of the study.
         arms: In the order of the study.
-        settings: Likewise.
+        settings: Also in the order of the study.
         baseline: One of the arms.
     """
     pictures = []
@@ -92,7 +92,7 @@ def _difference(
 
 
 def draw_settings(results: Results, arms: Sequence[str], settings: Sequence[str]) -> Figure:
-    """The headline by setting, one line an arm."""
+    """The headline quantity by setting, one line an arm."""
     figure, axes = panels(1, 1, width=max(5.0, 1.2 * len(settings)), height=3.8)
     ax = axes[0, 0]
     for index, arm in enumerate(arms):

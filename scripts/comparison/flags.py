@@ -1,4 +1,4 @@
-"""Flags of ``main.py`` as a study has them: from TOML, and back to the words of a command."""
+"""Flags of ``main.py`` in a study's form: from TOML, and back to the words of a command."""
 
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ class StudyError(ValueError):
 
 
 def normalised(flags: Mapping[str, Any]) -> Flags:
-    """Flags under the names that ``main.py`` has for their values; ``no-x = true`` becomes ``x = false``."""
+    """Flags under ``main.py``'s own names; ``no-x = true`` becomes ``x = false``."""
     result = {}
     for name, value in flags.items():
         name = name.replace("-", "_")
@@ -29,7 +29,7 @@ def normalised(flags: Mapping[str, Any]) -> Flags:
 
 
 def merged(*layers: Mapping[str, Any]) -> Flags:
-    """Flags of which the later win; tables (``model-kwargs``) are merged key by key."""
+    """Flags of all layers; later layers override earlier ones, and tables (``model-kwargs``) are merged key by key."""
     result: Flags = {}
     for layer in layers:
         for name, value in normalised(layer).items():
@@ -39,9 +39,9 @@ def merged(*layers: Mapping[str, Any]) -> Flags:
 
 
 def as_words(flags: Flags) -> list[str]:
-    """Words of the command line: ``true`` is the flag alone, ``false`` its ``--no-`` form, a table ``KEY=VALUE`` each.
+    """Words of the command line: ``true`` is the flag alone, ``false`` its ``--no-`` form, a table ``KEY=VALUE`` words.
 
-    ``false`` for a flag that has no such form, and is off anyway, gives no words.
+    ``false`` gives no words for a flag without a ``--no-`` form: that flag is off anyway.
     """
     known = parser()._option_string_actions
     words = []
@@ -67,17 +67,17 @@ def parse(words: list[str], values: argparse.Namespace | None = None) -> argpars
     """Flags as ``main.py`` parses them.
 
     Args:
-        words: Of the command line.
-        values: Of the flags that are not in it; None: their defaults.
+        words: Words of the command line.
+        values: Values of the flags that are not in it; None: their defaults.
 
     Raises:
-        StudyError: Where ``main.py`` would leave with a message; with that message.
+        StudyError: If ``main.py`` would exit with a message; with that message.
     """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             args, unknown = parser().parse_known_args(words, values)
-    except SystemExit as left:  # argparse's way out
+    except SystemExit as left:  # how argparse exits
         raise StudyError(said.getvalue().strip().rpartition("error: ")[2]) from left
     if unknown:
         raise StudyError(f"{' '.join(unknown)}: main.py has no such flag (see python main.py --help)")
@@ -93,7 +93,7 @@ def placeholder(flags: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def flags_of(words: list[str]) -> Flags:
-    """Flags of ``main.py`` as a study's table has them: those that are given."""
+    """The flags of ``main.py`` in ``words``, in the form of a study's table."""
     absent = "\0"  # a word, since paths are expanded; no flag can have it
     found = parse(words, argparse.Namespace(**dict.fromkeys(vars(parse([])), absent)))
     return {name: value for name, value in vars(found).items() if value != absent}

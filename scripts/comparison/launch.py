@@ -30,7 +30,7 @@ class Job(Protocol):
         """Asks it to save and leave; returns at once."""
 
     def wait(self, timeout_s: float) -> None:
-        """Until it has left; after ``timeout_s`` it is ended."""
+        """Waits until it has left; ends it after ``timeout_s``."""
 
 
 class Launcher(Protocol):
@@ -42,10 +42,10 @@ class Launcher(Protocol):
         """Begins a run.
 
         Args:
-            run: To be made.
-            folder: Of the run.
+            run: The run to make.
+            folder: The run's folder.
             words: Flags of ``main.py``.
-            place: From 0 to ``places`` - 1; no other run has it meanwhile.
+            place: From 0 to ``places`` - 1; no other run has it at the same time.
         """
 
 
@@ -55,10 +55,10 @@ class Local:
     """Runs on this machine, through the published launch command.
 
     Attributes:
-        processes: Of each run.
+        processes: Processes of each run.
         places: Runs at a time.
-        threads: Of each process.
-        gpus: Of this machine; runs share none, as far as there are enough.
+        threads: Threads of each process.
+        gpus: GPUs of this machine; runs share none if there are enough.
     """
 
     processes: int
@@ -72,7 +72,7 @@ class Local:
             devices = [str((place * self.processes + i) % self.gpus) for i in range(min(self.processes, self.gpus))]
             env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         with (folder / "console.txt").open("a") as console:
-            # A session of its own: Ctrl-C is for compare.py, which passes it on as the signal that lets runs save.
+            # In its own session: Ctrl-C reaches compare.py alone, which sends runs the signal on which they save.
             return LocalJob(
                 subprocess.Popen(
                     [*ends_with_us(), *launch_words(self.processes), *words], env=env, stdout=console,
@@ -111,13 +111,13 @@ def launch_words(processes: int) -> list[str]:
 
 
 def here(script: str) -> str:
-    """A file of this repository, as a command in the present folder names it; other names are left as they are."""
+    """A file of this repository by its name from the current folder; other names are left as they are."""
     inside = Path.cwd() == ROOT or not (ROOT / script).is_file()
     return script if inside else str(ROOT / script)
 
 
 def ends_with_us() -> list[str]:
-    """Words before a command that get it a SIGTERM when this process dies, however it does; none where not known."""
+    """Words before a command that send it SIGTERM whenever this process dies; none if the system has no such way."""
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", "TERM", "--"] if setpriv and sys.platform == "linux" else []
 
@@ -128,7 +128,7 @@ class Queue:
     """Runs as jobs of submitit, as ``run_with_submitit.py`` queues them: they come back after a preemption.
 
     Attributes:
-        flags: Of ``run_with_submitit.py``.
+        flags: Flags of ``run_with_submitit.py``.
         places: Jobs in the queue at a time.
     """
 
@@ -136,7 +136,7 @@ class Queue:
     places: int = 64
 
     def start(self, run: Run, folder: Path, words: list[str], place: int) -> Job:
-        from scripts import run_with_submitit  # submitit is an option
+        from scripts import run_with_submitit  # submitit is optional
 
         record = read_record(folder)
         if (earlier := QueuedJob.again(folder, record)) is not None:
@@ -169,11 +169,11 @@ class QueuedJob:
         return int(self.job.exception() is not None) if self.job.done() else None
 
     def stop(self) -> None:
-        """Ends what runs on this machine; jobs of Slurm stay, and the next ``compare.py`` finds them there."""
+        """Ends a job on this machine; Slurm's jobs stay queued, and the next ``compare.py`` finds them."""
         import submitit
 
         if isinstance(self.job, submitit.LocalJob):
             self.job.cancel()
 
     def wait(self, timeout_s: float) -> None:
-        """Nobody is waited for: a job saves by itself."""
+        """Does not wait: a job saves by itself."""

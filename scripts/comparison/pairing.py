@@ -1,4 +1,4 @@
-"""What two runs of the same seed share, found out rather than assumed."""
+"""What two runs of the same seed share, measured rather than assumed."""
 
 import argparse
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ IMAGES = frozenset({
     *("remode", "recount", "resplit", "mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob"),
     *("mixup_mode", "fast_loader", "smoothing"),
 })  # fmt: skip
-TREATMENT = ("model", "remedy")  # what an arm is about; any other flag that differs is named
+TREATMENT = ("model", "remedy")  # what arms are meant to differ in; any other flag that differs is named
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Pairing:
     """An arm's run beside the baseline's of the same seed.
 
     Attributes:
-        equal: Numbers of the baseline's initial weights that the arm's are equal to, to the bit.
-        of: Numbers of the baseline's initial weights.
-        own: Numbers of the arm's initial weights that the baseline has no parameter for.
-        same_images: The flags agree in everything that decides a step's images, and so does the normalisation.
-        differing: Flag -> (the arm's value, the baseline's), of all flags that matter but the model and its remedy.
+        equal: How many of the baseline's initial weights the arm has too, to the bit.
+        of: How many initial weights the baseline has.
+        own: How many of the arm's initial weights belong to parameters that the baseline lacks.
+        same_images: Whether all flags that decide a step's images agree, and the normalisation too.
+        differing: Flag -> (the arm's value, the baseline's), of all flags that matter except model and remedy.
     """
 
     equal: int
@@ -47,9 +47,9 @@ def compare_starts(run: Run, baseline: Run, classes: int) -> Pairing:
     """Builds both models as ``main.py`` does and compares them.
 
     Args:
-        run: Of an arm.
-        baseline: Of the baseline, at the same seed in the same setting.
-        classes: Of the head.
+        run: An arm's run.
+        baseline: The baseline's run at the same seed in the same setting.
+        classes: Classes of the head.
     """
     ours, images = _start(run.args, run.seed, classes)
     theirs, images_of_baseline = _start(baseline.args, baseline.seed, classes)
@@ -65,14 +65,14 @@ def compare_starts(run: Run, baseline: Run, classes: int) -> Pairing:
 
 
 def _start(args: argparse.Namespace, seed: int, classes: int) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """Initial weights of a run, and how its model wants its images."""
+    """Initial weights of a run, and the data configuration of its model."""
     utils.seed_everything(seed)
     model = build.build_model(args, classes)
     return dict(model.named_parameters()), resolve_data_config({}, model=model)
 
 
 def differing_flags(run: Run, baseline: Run) -> dict[str, tuple[Any, Any]]:
-    """Flag -> (the arm's value, the baseline's): what an arm sets and the baseline does not, or the other way round.
+    """Flag -> (the arm's value, the baseline's), for every flag that differs, except model and remedy.
 
     Tables of values (``--model-kwargs``) are compared key by key.
     """

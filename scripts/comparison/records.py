@@ -1,4 +1,4 @@
-"""What is known of a run: its folder, its ``run.json``, how far it is.
+"""The state of a run on disk: its folder, its ``run.json``, how far it is.
 
 A run's folder holds what ``main.py`` writes, ``run.json`` (its command and where it was made) and ``console.txt``.
 ``run.json`` says ``finished`` once ``main.py`` has left without an error and the log has all epochs.
@@ -33,7 +33,7 @@ def epochs_done(folder: Path) -> int:
 
 
 def find_folder(runs: Path, run: Run) -> Path:
-    """A run's folder: one that ends with its identity, whatever arm and study it was made for, or a new one."""
+    """A run's folder: one that ends with its identity, made for any arm or study, or a new one."""
     return next(iter(sorted(runs.glob(f"*-{run.identity}"))), runs / run.folder)
 
 

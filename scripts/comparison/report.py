@@ -1,4 +1,4 @@
-"""What a study leaves behind: tables as CSV and Markdown, figures, and one page that says what may be concluded."""
+"""The output of a study: tables as CSV and Markdown, figures, and one page that says what may be concluded."""
 
 import html
 import math
@@ -44,7 +44,7 @@ def write(study: Study, runs: list[Run], folder: Path, command: str) -> Path:
     """Reads the finished runs and writes everything; returns the path of the page.
 
     Args:
-        study: What was asked.
+        study: The study.
         runs: All of its runs.
         folder: ``--output_dir``.
         command: Shown on the page.
@@ -140,7 +140,7 @@ def sentence(arm: str, baseline: str, found: Difference, quantity: Quantity) -> 
 
 
 def describe_pairing(study: Study, settings: Sequence[str], pairings: dict[tuple[str, str], Pairing]) -> list[str]:
-    """Paragraphs: what the seed fixes for all arms, and for each arm what was found to be equal."""
+    """Paragraphs on what the seed fixes for all arms, and on what was found equal for each arm."""
     paragraphs = [
         "Every random draw of a run is a function of its address: seed, rank, epoch, and position of the image or "
         "step. So runs of the same seed get the same images in the same order with the same augmentation, the same "
@@ -210,7 +210,7 @@ def headline_table(
 def other_table(
     study: Study, compared: dict[tuple[str, str], Comparison], setting: str
 ) -> tuple[list[str], list[list[str]]]:
-    """All other quantities: of each arm the mean with its interval and the corrected p of the difference."""
+    """All other quantities: for each arm the mean with its interval, and the corrected p of the difference."""
     others = {name: found for (where, name), found in compared.items() if where == setting and name != HEADLINE}
     rows = []
     for arm in study.arms:
@@ -225,7 +225,7 @@ def other_table(
 
 
 def sentences(study: Study, compared: dict[tuple[str, str], Comparison], setting: str) -> list[str]:
-    """One sentence an arm, on the headline."""
+    """One sentence an arm, on the headline quantity."""
     found = compared[setting, HEADLINE].differences
     return [sentence(arm, study.baseline, difference, QUANTITIES[HEADLINE]) for arm, difference in found.items()]
 
@@ -238,7 +238,7 @@ def _tables(study: Study, compared: dict[tuple[str, str], Comparison], setting: 
 
 
 def _about(study: Study, results: Results, command: str) -> dict[str, Any]:
-    """What a reader needs to make the same numbers again, and what speaks against them."""
+    """What a reader needs to reproduce the numbers, and caveats."""
     about = {
         "command": command,
         "study": study.source,

@@ -14,12 +14,12 @@ RUN = ["setting", "arm", "seed"]
 
 @dataclass(frozen=True)
 class Quantity:
-    """What arms are compared by.
+    """A quantity by which arms are compared.
 
     Attributes:
-        label: Of tables and axes.
-        unit: Likewise.
-        digits: After the decimal point.
+        label: Its name in tables and on axes.
+        unit: Its unit there.
+        digits: Digits after the decimal point.
     """
 
     label: str
@@ -49,9 +49,9 @@ class Results:
         epochs: One row an epoch of a run: setting, arm, seed, epoch, and what ``log.txt`` has as numbers.
         layers: One row a layer, quantity and epoch with a spectrum: setting, arm, seed, epoch, quantity, layer, value.
         missing: Folders of runs that are not finished.
-        revisions: Revisions of the code that made them.
-        versions: Versions of torch likewise.
-        seconds: Their time, added up.
+        revisions: Revisions of the code that made the runs.
+        versions: Versions of torch that made the runs.
+        seconds: Total time of the runs.
     """
 
     epochs: pd.DataFrame
@@ -65,7 +65,7 @@ class Results:
         """One row a run, setting, arm, seed and every quantity of ``QUANTITIES`` that was logged.
 
         Accuracies and losses are those of the last epoch. Spectral quantities are those of the last epoch that has
-        them, of the output of the last block but one: the head reads one token of the last block.
+        them, at the output of the second-to-last block: of the last block, the head reads only one token.
         """
         ordered = self.epochs.sort_values([*RUN, "epoch"])
         table = ordered.groupby(RUN, sort=False).tail(1).set_index(RUN)
@@ -98,7 +98,7 @@ def collect(runs: list[Run], folder: Path) -> Results:
     """Reads the logs of all runs that are finished.
 
     Args:
-        runs: Of a study; those that others start from are read too where they are arms.
+        runs: Runs of the arms of a study.
         folder: Holds their folders.
     """
     epochs, layers, missing, records = [], [], [], {}

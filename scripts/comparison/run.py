@@ -1,4 +1,4 @@
-"""Makes the runs of a study: several at a time, each once, going on where it was stopped."""
+"""Makes the runs of a study: several at a time, each once; a stopped run is continued."""
 
 import platform
 import shlex
@@ -49,13 +49,13 @@ class Progress:
         self.bar = tqdm(total=total_epochs, initial=done_epochs, unit="epoch", disable=None, smoothing=0)
 
     def update(self, epochs: int) -> None:
-        """Takes the number of epochs in all logs in."""
+        """Updates the line with the number of epochs in all logs."""
         self.bar.total = max(self.bar.total, epochs)
         self.bar.update(epochs - self.bar.n)
         self.bar.n = epochs  # a disabled bar does not count
 
     def line(self, text: str) -> None:
-        """Prints a line on what has happened, with the estimate."""
+        """Prints a line about an event, with the estimate."""
         made, left = self.bar.n - self.first, self.bar.total - self.bar.n
         seconds = (time.monotonic() - self.began) / made * left if made else None
         estimate = f"about {timedelta(seconds=int(seconds))} left" if seconds is not None else "time left not known yet"
@@ -81,12 +81,12 @@ def make_runs(runs: list[Run], folder: Path, launcher: Launcher) -> list[Run]:
     """Makes all runs that are not there yet.
 
     Args:
-        runs: Of the study; equal ones (arms that are the same) are made once.
+        runs: Runs of the study; equal ones (arms that are the same) are made once.
         folder: Holds a folder for each.
         launcher: Makes them.
 
     Returns:
-        Those that failed, and those that could not begin because the run that they start from did.
+        Runs that failed, and runs that could not begin because the run they start from failed.
 
     Raises:
         Stopped: After SIGTERM or Ctrl-C, when the runs have saved and left.
@@ -153,7 +153,7 @@ def _start(run: Run, folders: dict[str, Path], launcher: Launcher, place: int) -
 
 
 def _finish(run: Run, folder: Path, code: int) -> bool:
-    """Writes down how a run has ended; whether it is complete."""
+    """Records how a run ended; returns whether it is complete."""
     record = read_record(folder)
     record["seconds"] += time.time() - record.pop("began", time.time())
     record.pop("job", None)
@@ -164,7 +164,7 @@ def _finish(run: Run, folder: Path, code: int) -> bool:
 
 @contextmanager
 def _stopping(jobs: Callable[[], list[Job]]) -> Iterator[Callable[[], None]]:
-    """Within the context SIGTERM and Ctrl-C let the jobs save and leave; yields a function that raises after one.
+    """Within the context SIGTERM and Ctrl-C let the jobs save and leave; yields a function that raises after a signal.
 
     However the context is left, no job goes on.
     """

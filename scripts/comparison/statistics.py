@@ -1,6 +1,6 @@
-"""Means with intervals, differences paired by seed, corrected for their number, and what could have been seen.
+"""Means with intervals, differences paired by seed and corrected for their number, and the detectable difference.
 
-Every number comes from scipy or statsmodels; what is here decides which of their functions answers which question.
+Every number comes from scipy or statsmodels; this file only decides which of their functions answers which question.
 """
 
 import math
@@ -24,8 +24,8 @@ class Summary:
     """A quantity of one arm over its seeds, in the quantity's unit.
 
     Attributes:
-        count: Seeds.
-        mean: Over them.
+        count: Number of seeds.
+        mean: Mean over the seeds.
         sd: Standard deviation of the sample (n - 1); nan for one seed.
         low: Lower end of the 95% interval of the mean (Student's t); nan for one seed.
         high: Its upper end.
@@ -43,12 +43,12 @@ class Difference:
     """An arm minus the baseline, over the seeds that both have.
 
     Attributes:
-        paired: Of the differences, one a seed; its interval is not corrected for the number of arms.
+        paired: Summary of the differences, one a seed; its interval is not corrected for the number of arms.
         p: Of the paired t test, two-sided. 1 where all differences are zero, nan where the test is not defined: one
             seed, or differences that are equal but not zero.
-        p_corrected: After Holm, over the arms that were compared with the baseline.
-        detectable: Smallest true difference that the corrected test (as Bonferroni, which Holm improves on) finds with
-            80% power at this number of seeds and this standard deviation; nan where there is none.
+        p_corrected: p after Holm's correction, over the arms that were compared with the baseline.
+        detectable: Smallest true difference that the corrected test finds with 80% power at this number of seeds and
+            this standard deviation (under Bonferroni's correction, which Holm's improves on); nan where there is none.
     """
 
     paired: Summary
@@ -140,7 +140,7 @@ def _detectable_effect(count: int, comparisons: int) -> float:
     """In standard deviations."""
     alpha = (1 - LEVEL) / comparisons
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of a search that did not end
+        warnings.simplefilter("error")  # such as of a search that did not converge
         try:
             effect = TTestPower().solve_power(nobs=count, alpha=alpha, power=POWER, alternative="two-sided")
         except (RuntimeWarning, UserWarning, ValueError):

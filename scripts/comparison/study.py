@@ -1,7 +1,7 @@
-"""A study, which runs of ``main.py`` are compared, and its runs.
+"""A study, which says what runs of ``main.py`` are compared, and its runs.
 
-A run is one arm at one seed in one setting (a data set, a depth, a length of the schedule). It is known by a hash of
-everything that its result depends on, so a run is never made twice, whatever it is called and whichever study asks.
+A run is one arm at one seed in one setting (a data set, a depth, a length of the schedule). It is identified by a hash
+of everything that its result depends on, so no run is made twice, even under another name or for another study.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import preflight
 from options import check_args
 from scripts.comparison.flags import Flags, StudyError, as_words, merged, parse, parser, placeholder
 
-# Where and how a run computes and what it leaves behind, but not what comes out.
+# Flags for where and how a run computes and what it writes; they do not change its result.
 NO_EFFECT = frozenset({
     *("output_dir", "auto_reload", "num_workers", "pin_mem", "print_freq", "download", "keep_checkpoints"),
     *("checkpoint_steps", "shard_cache", "shard_cache_gb", "dist_eval", "shard_eval", "world_size", "dist_url"),
@@ -32,9 +32,9 @@ class Run:
     Attributes:
         arm: Name of its arm.
         setting: Name of its setting.
-        seed: Of ``main.py``.
-        flags: All of its flags but ``--seed``, ``--output_dir`` and ``--auto_reload``.
-        processes: That it is made of.
+        seed: ``--seed`` of ``main.py``.
+        flags: All of its flags except ``--seed``, ``--output_dir`` and ``--auto_reload``.
+        processes: Number of its processes.
         after: The run whose checkpoint it starts from, if there is one.
         starts_from: The flag that gets this checkpoint.
     """
@@ -56,7 +56,7 @@ class Run:
     def identity(self) -> str:
         """Hash of what the result depends on: the flags that are not at their default, the seed, the processes.
 
-        Flags in ``NO_EFFECT`` are left out; in place of the checkpoint's path stands the identity of its run.
+        Flags in ``NO_EFFECT`` are left out; a checkpoint's path is replaced by the identity of the checkpoint's run.
         """
         default = parser().get_default
         matters = {name: value for name, value in vars(self.args).items() if name not in NO_EFFECT}
@@ -87,16 +87,16 @@ class Study:
     """What is compared: every arm at every seed in every setting.
 
     Attributes:
-        title: Of the page.
-        about: A paragraph for it.
+        title: Title of the page.
+        about: A paragraph for the page.
         source: The file, for messages; or "the command line".
         baseline: The arm that the others are compared with.
         arms: Name -> flags, in the order of the tables.
         settings: Name -> flags; arms are compared within each.
-        flags: Of all runs; those of a setting and then of the arm come on top.
+        flags: Flags of all runs; those of the setting override them, and those of the arm override both.
         first: Name -> flags of runs that arms start from: ``finetune = "{name}"`` in an arm.
-        seeds: Of ``main.py``.
-        processes: Of each run.
+        seeds: Seeds of ``main.py``.
+        processes: Processes of each run.
         prepare: Commands (of Python, from the root) to be run before the first run.
     """
 
@@ -113,7 +113,7 @@ class Study:
     prepare: list[str] = field(default_factory=list)
 
     def runs(self) -> list[Run]:
-        """All runs, those that others start from included, seed after seed: a part of a study compares all arms.
+        """All runs, also those that others start from, seed after seed: so even an unfinished study compares all arms.
 
         Raises:
             StudyError: With everything that ``main.py`` would refuse.
@@ -146,7 +146,7 @@ class Study:
         return Run(arm, setting, seed, rest, self.processes, first[name], flag)
 
     def starts_from(self, arm: str) -> str:
-        """Name of the run that an arm starts from; empty where it starts from random weights."""
+        """Name of the run that an arm starts from; empty if it starts from random weights."""
         return placeholder(merged(self.flags, self.arms[arm]))[1]
 
     def only(self, names: Iterable[str]) -> "Study":
@@ -173,7 +173,7 @@ class Study:
         return {name: flags for name, flags in tables.items() if name in names}
 
     def scaled(self, flags: Flags) -> "Study":
-        """The study with these flags over those of all runs."""
+        """The study with these flags overriding those of all runs."""
         return replace(self, flags=merged(self.flags, flags))
 
 

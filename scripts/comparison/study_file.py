@@ -1,4 +1,4 @@
-"""A study from its TOML file, or from arms on the command line; whatever is wrong with it is a sentence."""
+"""A study from its TOML file, or from arms on the command line; each fault in it becomes one sentence."""
 
 import re
 import shlex
@@ -28,10 +28,10 @@ def read_study(path: Path, scale: str | None = None) -> Study:
 
     Args:
         path: See docs/compare.md for its keys.
-        scale: Name of one of its ``[scales.NAME]``, whose flags come on top of those of all runs.
+        scale: Name of one of its ``[scales.NAME]``, whose flags override those of all runs.
 
     Raises:
-        StudyError: If there is no such file, it is no TOML, or a key or a value has no meaning.
+        StudyError: If there is no such file, it is not TOML, or a key or value is not valid.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ def make_study(table: Mapping[str, Any], source: str, scale: str | None = None, 
 
 
 def _problems(table: Mapping[str, Any]) -> Iterable[str]:
-    """Everything that is wrong with a study's table but its flags, which :meth:`Study.runs` checks."""
+    """Everything wrong with a study's table, except its flags, which :meth:`Study.runs` checks."""
     for key, value in table.items():
         if key not in KEYS:
             yield f"key {key!r} is unknown: use {', '.join(KEYS)}"
