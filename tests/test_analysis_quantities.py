@@ -61,6 +61,17 @@ def test_every_group_on_families_of_models(name: str) -> None:
     assert {group for group in GROUPS if set(GROUPS[group].quantities) & missing} == set(result.left_out)
 
 
+def test_a_model_of_which_a_group_can_tell_nothing_gets_a_page_that_says_why(tmp_path: Path) -> None:
+    analysis = analyze(architectures.build("swin"), [architectures.images("swin")], tmp_path, quantities=["rollout"])
+    assert "its attention is in windows" in analysis.report.read_text(encoding="utf-8")
+    assert (tmp_path / "analysis.csv").read_text() == ""
+
+
+def test_no_models_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no models to analyse"):
+        analyze({}, [torch.zeros(1, 3, 32, 32)], tmp_path)
+
+
 def test_the_page_explains_every_quantity_and_group() -> None:
     page = (Path(__file__).resolve().parents[1] / "docs" / "analysis.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]

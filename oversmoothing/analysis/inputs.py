@@ -9,8 +9,15 @@ Models = nn.Module | Mapping[str, nn.Module]
 
 
 def by_label(models: Models) -> dict[str, nn.Module]:
-    """Models by their labels; a single model gets its class name as label."""
-    return {type(models).__name__: models} if isinstance(models, nn.Module) else dict(models)
+    """Models by their labels; of a single one the name of its class.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = {type(models).__name__: models} if isinstance(models, nn.Module) else dict(models)
+    if not found:
+        raise ValueError("no models to analyse: give one, or several by their labels")
+    return found
 
 
 def inputs_and_labels(

@@ -87,14 +87,15 @@ def _entries(values: Values) -> Iterable[dict[str, Any]]:
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes rows with equal keys; the keys are the header."""
+    """Writes rows that share their keys, the first one's as the header; of no rows an empty file."""
     rows = iter(rows)
-    first = next(rows)
+    first = next(rows, {})
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(first))
-        writer.writeheader()
-        writer.writerow(first)
-        writer.writerows(rows)
+        if first:
+            writer = csv.DictWriter(file, list(first))
+            writer.writeheader()
+            writer.writerow(first)
+            writer.writerows(rows)
 
 
 def json_ready(value: Any) -> Any:
