@@ -74,6 +74,7 @@ def test_every_layer_of_a_model_gets_its_probes() -> None:
     assert len(rows) == 6 and rows[-1]["block"] == "blocks.2" and rows[0]["features"] == "patches"
     picture = result.picture()
     assert [ax.get_title() for ax in picture.figure.axes] == ["mean of the patch tokens", "class token"]
+    assert all(2 < ax.get_xlim()[1] < 3 for ax in picture.figure.axes)  # no tick for a layer that is not there
     assert "a model, class token: best in layer" in picture.caption
     flat = timm.create_model("vit_tiny_patch16_224", **VIT | dict(class_token=False, global_pool="avg"))
     assert not probe_layers(flat, batches).curve("VisionTransformer", "class")

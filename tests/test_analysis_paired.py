@@ -115,15 +115,16 @@ def test_models_are_compared_image_by_image(name: str) -> None:
 
 def test_the_page_says_what_differs_and_that_it_is_about_images() -> None:
     name = "vit_tiny_patch16_224"
-    subjects = [subject_of(name), subject_of("deit_small_12"), subject_of(name, depth=2)]
-    subjects = [replace(subject, label=label) for subject, label in zip(subjects, ("one", "two", "short"), strict=True)]
+    subjects = [subject_of(name), subject_of("deit_small_12"), subject_of(name, depth=4)]
+    subjects = [replace(subject, label=label) for subject, label in zip(subjects, ("one", "two", "deep"), strict=True)]
     results = measure(subjects, [[IMAGES[:4]] * 3], quantities=["features"])
     (text,) = comparison(results)
     for part in ("What differs", "of two", "scripts/compare.py trains several seeds"):
         assert part in text
-    assert "short has 2 layers and one 3: they are not compared layer by layer." in text
+    assert "deep has 4 layers and one 3: they are not compared layer by layer." in text
     assert comparison(results[:1]) == []
     (picture,) = difference_pictures(results)
     assert picture.file == "differences.png" and len(picture.figure.axes) == 3
     assert all(ax.get_ylabel() and ax.get_title() for ax in picture.figure.axes)
+    assert all(2 < ax.get_xlim()[1] < 3 for ax in picture.figure.axes)  # as deep as what is compared
     assert not difference_pictures(results[:1])

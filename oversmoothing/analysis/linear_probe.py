@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.ticker import MaxNLocator
 from scipy.stats import binomtest
 from sklearn.linear_model import RidgeClassifierCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from .figures import LAYER_AXIS, Picture, line_style, panels
+from .figures import Picture, layer_axis, line_style, panels
 from .inputs import Models, by_label, inputs_and_labels
 from .pooled import POOLS, pooled_outputs
 from .probe import evaluating, find_layers
@@ -173,11 +172,9 @@ def draw_probes(result: LinearProbes) -> Any:
             _line(ax, result.curve(label, pool), label, index)
         ax.axhline(result.chance, color="0.4", linewidth=0.9, linestyle=":")
         ax.set_title(POOLS[pool], fontsize=10)
-        ax.set_xlabel(LAYER_AXIS)
+        layer_axis(ax, max(map(len, result.layers.values())))
         ax.set_ylabel("held-out accuracy (%)")
         ax.tick_params(labelleft=True)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
-        ax.grid(alpha=0.3)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
     return figure

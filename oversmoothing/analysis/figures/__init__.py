@@ -6,7 +6,7 @@ from ..results import Result
 from . import distance, eigenvalues, features, maps, rollout, sinks, tokens
 from .differences import difference_pictures
 from .parameters import parameter_pictures
-from .style import COLOURS, DIVERGING, LAYER_AXIS, SEQUENTIAL, Drawing, Picture, line_style, panels
+from .style import COLOURS, DIVERGING, LAYER_AXIS, SEQUENTIAL, Drawing, Picture, layer_axis, line_style, panels
 
 __all__ = [
     "COLOURS",
@@ -17,6 +17,7 @@ __all__ = [
     "Drawing",
     "Picture",
     "draw_all",
+    "layer_axis",
     "line_style",
     "panels",
 ]

@@ -27,12 +27,12 @@ def difference_pictures(results: Sequence[Result]) -> list[Picture]:
         f"Each model minus {baseline}, of each block's output: means of the differences image by image, and their 95% "
         "intervals, corrected for the number of layers (Bonferroni). Filled: the interval leaves out 0."
     )
-    figure = draw_differences(found, names, max(len(result.layers) for result in results))
+    figure = draw_differences(found, names)
     return [Picture("differences.png", f"Differences to {baseline}, paired by image", caption, figure)]
 
 
-def draw_differences(found: Sequence[tuple[int, Differences]], names: Sequence[str], depth: int) -> Figure:
-    """One panel per quantity, one line per model; a model keeps the line style that it has in other figures."""
+def draw_differences(found: Sequence[tuple[int, Differences]], names: Sequence[str]) -> Figure:
+    """One panel a quantity, one line a model, with the number of its line style."""
     figure, axes = panels(1, len(names), height=3.3)
     for ax, name in zip(axes.flat, names, strict=True):
         for position, (index, differences) in enumerate(found):
@@ -47,7 +47,7 @@ def draw_differences(found: Sequence[tuple[int, Differences]], names: Sequence[s
         ax.axhline(0, color="0.4", linewidth=0.8)
         ax.set_title(TITLES[name][0], fontsize=10)
         ax.set_ylabel(f"difference ({TITLES[name][1]})")
-        layer_axis(ax, depth)
+        layer_axis(ax, len(found[0][1].blocks))  # all have as many layers as the first model
     handles = [Line2D([], [], label=differences.label, **line_style(index)) for index, differences in found]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False)
     return figure
