@@ -10,14 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from oversmoothing import RemedyError
-from oversmoothing.analysis.cka import compare_layers
+from oversmoothing.analysis.cka import check_pool, compare_layers
 from oversmoothing.analysis.figures import Picture
 from oversmoothing.analysis.linear_probe import probe_layers
 from oversmoothing.analysis.pooled import POOLS
 from oversmoothing.analysis.results import write_csv
 from oversmoothing.analysis.subject import Subject
-from oversmoothing.analysis.sweep import VALUES, parameters_of, sweep_parameter, sweep_picture
+from oversmoothing.analysis.sweep import VALUES, check_remedy, parameters_of, sweep_parameter, sweep_picture
 
 Batches = Callable[[str], Iterable[Any]]  # a line for the progress bar -> one pass over the images
 
@@ -80,6 +82,21 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
     wrong = [value for value in args.sweep_values or () if not math.isfinite(value)]
     if wrong:
         yield f"--sweep-values {wrong[0]}: give finite numbers"
+
+
+def check_models(args: argparse.Namespace, subjects: Sequence[Subject], device: torch.device) -> None:
+    """Refuses models that a study does not fit, before any image is read.
+
+    Raises:
+        RemedyError: If a remedy to sweep does not fit a model.
+        ValueError: If a model has no class token in its blocks, for ``--cka class``.
+    """
+    models = {subject.label: subject.model for subject in subjects}
+    for word in args.sweep:
+        check_remedy(models, word.partition(".")[0])
+    if args.cka == "class":
+        empty = [torch.zeros(1, 3, s.input_size, s.input_size, device=device) for s in subjects]
+        check_pool(models, empty, args.cka)
 
 
 def run_studies(args: argparse.Namespace, subjects: Sequence[Subject], batches: Batches, folder: Path) -> list[Picture]:

@@ -291,6 +291,7 @@ def main(args: argparse.Namespace) -> Path:
             raise ValueError(f"--layer {args.layer}: {subject.label} has {len(subject.layers)} of them, counted from 0")
         if subject.weights == RANDOM_WEIGHTS:
             print(f"note: {subject.label} has random weights: give it --resume or --pretrained", file=sys.stderr)
+    analysis_studies.check_models(args, subjects, device)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     results = measure_images(args, subjects, device)

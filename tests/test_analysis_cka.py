@@ -94,6 +94,13 @@ def test_layers_of_models_of_different_widths_and_depths() -> None:
     torch.testing.assert_close(cka.compare_layers(vit, [images], pool="class").values, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_heat_maps_of_models_of_different_depths_stay_within_the_figure() -> None:
+    layers = {"deep": [str(index) for index in range(24)], "shallow": [str(index) for index in range(10)]}
+    figure = cka.draw_cka(cka.CKA(layers, torch.eye(34), "patches", 9))
+    figure.draw_without_rendering()
+    assert all(ax.yaxis.label.get_window_extent().x0 >= 0 for ax in figure.axes)
+
+
 @pytest.mark.parametrize("name", ["swin", "hiera", "maxvit"])
 def test_stages_of_other_widths_are_compared(name: str) -> None:
     table = cka.compare_layers(architectures.build(name), [architectures.images(name, batch=8)]).values

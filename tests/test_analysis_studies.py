@@ -37,8 +37,22 @@ def test_each_study_adds_its_numbers_and_its_figure(tmp_path: Path) -> None:
     for title in ("Similarity of layers (linear CKA)", "Class information by layer", "attnscale: lamb set by hand"):
         assert title in page
     assert cka[0]["count"] == sweep[0]["count"] == "24" and probes[0]["held_out_images"] == "12"
-    with pytest.raises(ValueError, match="attnscale_small_12 cannot be swept over gfsa"):
-        run(*flags, "--sweep", "gfsa", *TWO, "--output_dir", tmp_path / "refused")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sweep", "gfsa"], "attnscale_small_12 cannot be swept over gfsa"),
+        (["--cka", "class", "--model", "cait_xxs24_224", *SMALL], "cait_xxs24_224 has no class token in its blocks"),
+    ],
+)
+def test_models_that_a_study_does_not_fit_are_refused_before_anything_is_measured(
+    words: list[str], message: str, tmp_path: Path
+) -> None:
+    flags = ("--data-set", "FOLDER", "--data-path", tmp_path / "not there", "--output_dir", tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        run(*flags, *TWO, *words)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

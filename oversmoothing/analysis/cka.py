@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from matplotlib.colors import Normalize
-from torch import Tensor
+from torch import Tensor, nn
 
 from .figures import SEQUENTIAL, Picture, panels
 from .inputs import Models, by_label, inputs_and_labels
@@ -170,14 +170,36 @@ def compare_layers(models: Models, batches: Iterable[Any], *, pool: str = "patch
         for inputs, _ in inputs_and_labels(batches, list(models.values())):
             features = []
             for (label, model), images in zip(models.items(), inputs, strict=True):
-                outputs = pooled_outputs(model, images, (pool,))
-                if not all(pool in output for output in outputs):
-                    raise ValueError(f"{label} has no class token in its blocks: compare the mean of the patches")
-                features += [output[pool] for output in outputs]
+                features += _pooled(label, model, images, pool)
             running.update(features)
         values = running.result()
     layers = {label: [layer.name for layer in find_layers(model)] for label, model in models.items()}
     return CKA(layers, values, pool, running.count)
+
+
+def check_pool(models: Models, images: Iterable[Tensor], pool: str) -> None:
+    """Refuses models without what :func:`compare_layers` is to compare, before a pass.
+
+    Args:
+        models: As there.
+        images: Of each model an input (1, 3, H, W), on its device.
+        pool: Of ``POOLS``.
+
+    Raises:
+        ValueError: If a model has no class token in its blocks.
+    """
+    models = by_label(models)
+    with evaluating(*models.values()):
+        for (label, model), image in zip(models.items(), images, strict=True):
+            _pooled(label, model, image, pool)
+
+
+def _pooled(label: str, model: nn.Module, images: Tensor, pool: str) -> list[Tensor]:
+    """One (B, C) for each block."""
+    outputs = pooled_outputs(model, images, (pool,))
+    if not all(pool in output for output in outputs):
+        raise ValueError(f"{label} has no class token in its blocks: compare the mean of the patches")
+    return [output[pool] for output in outputs]
 
 
 def draw_cka(cka: CKA) -> Any:
@@ -188,6 +210,7 @@ def draw_cka(cka: CKA) -> Any:
     deepest = max(map(len, cka.layers.values()))
     side = min(max(3.6, 0.36 * deepest), 8.0)
     figure, axes = panels(-(-len(pairs) // columns), columns, width=side + 0.6, height=side)
+    figure.set_layout_engine("compressed")  # panels keep their shape, which the layout of the others does not foresee
     scale = Normalize(0, 1)
     for ax, (first, second) in zip(axes.flat, pairs, strict=False):
         table = cka.between(first, second)
@@ -203,7 +226,7 @@ def draw_cka(cka: CKA) -> Any:
                 for column, value in enumerate(values):
                     text = "–" if value != value else f"{value:.2f}".removeprefix("0")
                     colour = "black" if value > 0.55 else "white"
-                    ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=min(8, 84 / deepest))
+                    ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=min(7, 150 / deepest))
     for ax in axes.flat[len(pairs) :]:
         ax.set_visible(False)
     figure.colorbar(image, ax=axes, label="linear CKA", shrink=0.8)

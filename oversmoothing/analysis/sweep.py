@@ -130,6 +130,17 @@ def parameters_of(remedy: str) -> list[str]:
     return names
 
 
+def check_remedy(models: Models, remedy: str) -> None:
+    """Refuses the models and remedies that :func:`sweep_parameter` would refuse, without a pass; changes no model.
+
+    Raises:
+        RemedyError: If the remedy is unknown, does not fit a model, or a model has other remedies.
+    """
+    for label, model in by_label(models).items():
+        with _with_remedy(model, remedy, label):
+            pass
+
+
 @contextmanager
 def _with_remedy(model: nn.Module, remedy: str, label: str) -> Iterator[None]:
     """The model with the remedy; if it was added here, it is removed again."""
