@@ -11,6 +11,7 @@ from oversmoothing.analysis.layer_maps import layer_maps
 from oversmoothing.analysis.measurement import measure
 from oversmoothing.analysis.quantities.rollout import rollout_step
 from oversmoothing.analysis.subject import subject_of as subject_of_model
+from oversmoothing.analysis.token_map import token_map
 
 
 def test_rollout_of_uniform_maps_and_of_the_identity() -> None:
@@ -54,6 +55,18 @@ def test_attnscales_maps_are_used_and_cait_is_named() -> None:
     (result,) = measure([subject_of("cait_xxs24_224")], [[image[None]]], quantities=["rollout"])
     assert "their rows do not sum to one; the softmax is used" in result.left_out["rollout"]["blocks.0"]
     assert all("rollout_entropy" in layer for layer in result.layers)
+
+
+def test_registers_alone_are_no_class_token() -> None:
+    subject = subject_of("vit_tiny_patch16_224", class_token=False, reg_tokens=2, global_pool="avg")
+    image = torch.randn(3, 32, 32)
+    rollout = torch.eye(18)
+    for maps in dense_maps(subject.model, image[None]):
+        rollout = (maps[0].mean(dim=0) + torch.eye(18)) / 2 @ rollout
+    row = rollout[:, 2:].mean(dim=0)
+    ours = layer_maps(subject, image, "rollout").maps["blocks.2"]
+    torch.testing.assert_close(ours.flatten(), 16 * row / row.sum(), rtol=1e-4, atol=1e-5)
+    assert token_map(subject, image, -1).query == "mean over all queries"
 
 
 def test_windows_have_no_rollout_and_say_so() -> None:

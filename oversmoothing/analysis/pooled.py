@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from . import probe
 
 POOLS = {"patches": "mean of the patch tokens", "class": "class token"}
-CLASS_TOKENS = ("cls_token", "class_embedding")  # parameters of timm's and transformers' models
 
 
 def pooled_outputs(model: nn.Module, images: Tensor, pools: tuple[str, ...]) -> list[dict[str, Tensor]]:
@@ -23,7 +22,7 @@ def pooled_outputs(model: nn.Module, images: Tensor, pools: tuple[str, ...]) -> 
         missing where a block has no class token: CaiT adds it after these blocks, Swin has none.
     """
     num_patches = math.prod(probe.patch_grid(model, images))
-    has_class = any(name.rpartition(".")[2] in CLASS_TOKENS for name, _ in model.named_parameters())
+    has_class = probe.has_class_token(model)
     layers: list[dict[str, Tensor]] = []
 
     def visit(view: probe.LayerView) -> None:

@@ -20,6 +20,8 @@ from ..attention import AttentionLayer, Heads, UnsupportedModelError, attention_
 from ..remedies import is_remedy_parameter
 from . import spectrum
 
+CLASS_TOKENS = ("cls_token", "class_embedding")  # first parts of the parameters' names in timm and transformers
+
 
 class AttentionMaps(NamedTuple):
     """The maps of one layer, each of shape (B, num_heads, N, N); on Swin, B counts windows and N their tokens."""
@@ -122,6 +124,14 @@ class LayerView:
         if x.dim() == 3:
             return x
         return x.flatten(1, 2) if self.layer.kind.block_channels_last else x.flatten(2).mT
+
+
+def has_class_token(model: nn.Module) -> bool:
+    """Whether a model has a class token; where one is in the blocks, it is the first token.
+
+    Tokens in front of the patches may also be registers alone.
+    """
+    return any(name.rpartition(".")[2].startswith(CLASS_TOKENS) for name, _ in model.named_parameters())
 
 
 def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:

@@ -59,9 +59,11 @@ def token_map(subject: Subject, image: Tensor, layer: int) -> TokenMap:
             "so there is no map of it over the picture"
         )
 
+    is_of_class = n > num_patches and probe.has_class_token(subject.model)
+
     def over_picture(attn: Tensor) -> Tensor:
         mean = attn[0].mean(dim=0)
-        row = mean[0] if n > num_patches else mean.mean(dim=0)
+        row = mean[0] if is_of_class else mean.mean(dim=0)
         return n * row[-num_patches:].reshape(rows_columns).cpu()
 
     has_attnscale = "lamb" in probe.layer_parameters(subject.layers[layer])
@@ -69,7 +71,7 @@ def token_map(subject: Subject, image: Tensor, layer: int) -> TokenMap:
         subject.label,
         subject.layers[layer].name,
         subject.as_picture(image),
-        "class token" if n > num_patches else "mean over all queries",
+        "class token" if is_of_class else "mean over all queries",
         over_picture(maps.mixed),
         over_picture(maps.mixed - 1 / n),
         over_picture(maps.applied - maps.mixed) if has_attnscale else None,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import spectrum
-from ..probe import LayerView
+from ..probe import LayerView, has_class_token
 from .base import Group
 
 
@@ -94,7 +94,7 @@ class Rollout(Group):
         self._is_broken = True
 
     def _row(self, view: LayerView) -> Tensor:
-        """(B, P): the row of the class token, which is the first prefix token; without prefix tokens, the mean row."""
+        """(B, P): the row of the class token; without one, the mean row, also if there are registers."""
         prefix = self.patch_layout(view).prefix
-        row = self._rollout[:, 0] if prefix else self._rollout.mean(dim=1)
+        row = self._rollout[:, 0] if prefix and has_class_token(self.subject.model) else self._rollout.mean(dim=1)
         return row[:, prefix:]
