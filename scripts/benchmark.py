@@ -206,13 +206,13 @@ def bytes_saved(model: nn.Module, loss: Callable[[], Tensor]) -> int:
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             storages[storage.data_ptr()] = storage
-        return tensor
+        # Not the tensor: a node that saves its own output, and gets it back from here, would never be freed.
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
         loss()
     return sum(storage.nbytes() for storage in storages.values())
 
