@@ -121,7 +121,9 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--save-features", type=entry.user_path, metavar="NPZ", help="features, labels, linear logits")
     group.add_argument("--results-file", type=entry.user_path, metavar="JSON")
     group.add_argument("--batch-size", type=int, default=64, metavar="N", help="images of each process (default: 64)")
-    group.add_argument("--num_workers", "--num-workers", type=int, default=4, metavar="N", help="loader processes (4)")
+    group.add_argument(
+        "--num_workers", "--num-workers", type=int, default=4, metavar="N", help="as in main.py (default: 4)"
+    )
     group.add_argument("--device", default="auto", metavar="NAME", help="auto (CUDA if there is a GPU), cuda or cpu")
     group.add_argument(
         "--amp-dtype",
@@ -268,7 +270,7 @@ def build_loaders(args: argparse.Namespace, size: int, config: dict, world: Worl
                 dataset,
                 sampler,
                 batch_size=args.batch_size,
-                num_workers=args.num_workers,
+                num_workers=utils.cores_of_process() if args.num_workers == -1 else args.num_workers,
                 pin_memory=world.device.type == "cuda",
                 drop_last=False,
             )

@@ -21,6 +21,7 @@ import models  # noqa: F401 (registers the zoo)
 from datasets import DataOptions, build_dataset, split_by_class
 from oversmoothing import add_remedy
 from scripts import feature_probes, probe_features
+from utils import World
 
 CLASSES, TRAIN, VAL = 7, 71, 23  # neither a multiple of two processes nor of the batch
 SIZE = dict(embed_dim=32, depth=2, num_heads=2, patch_size=8)
@@ -85,6 +86,13 @@ def test_features_are_those_of_the_model_image_by_image(
         assert saved[f"{split}_features"].shape == (count, 32)
         np.testing.assert_allclose(saved[f"{split}_features"], tokens[:, 0], rtol=1e-4, atol=1e-5)
         assert saved[f"{split}_labels"].tolist() == [label for _, label in dataset.samples]
+
+
+def test_minus_one_worker_is_one_for_each_core(case: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_features.utils, "cores_of_process", lambda: 1)
+    args = probe_features.get_parser().parse_args([*case[1], "--num_workers", "-1"])
+    loaders, _ = probe_features.build_loaders(args, 32, {}, World(0, 0, 1, torch.device("cpu")))
+    assert [loader.num_workers for loader in loaders] == [1, 1]
 
 
 def test_knn_is_that_of_scikit_learn(one_process: tuple[dict[str, Any], dict[str, np.ndarray]]) -> None:
