@@ -66,6 +66,7 @@ def test_a_run_is_known_by_what_its_result_depends_on() -> None:
     same = [
         replace(run, arm="another name", setting="elsewhere"),
         replace(run, flags=run.flags | {"num_workers": 4, "print_freq": 7, "checkpoint_steps": 5}),
+        replace(run, flags=run.flags | {"log_wandb": True, "wandb_tags": ["a", "b"], "profile": 4}),
         replace(run, flags=run.flags | {"lr": get_args_parser().get_default("lr")}),
         replace(run, flags=dict(reversed(run.flags.items()))),
     ]

@@ -24,6 +24,7 @@ from options import get_args_parser
 from oversmoothing.analysis.cost import count_macs
 from oversmoothing.weights import load_weights, read_checkpoint
 from scripts import model_card, push_to_hub
+from scripts.comparison.study import NO_EFFECT
 
 SIZE = dict(patch_size=8, embed_dim=24, depth=2, num_heads=2)
 FLAGS = (
@@ -159,6 +160,24 @@ def test_nothing_private_is_published_and_the_command_is_the_recipe(run: Path, t
     again = vars(get_args_parser().parse_args(shlex.split(command)[3:]))
     wanted = vars(get_args_parser().parse_args(FLAGS))
     assert {name: again[name] for name in model_card.RECIPE} == {name: wanted[name] for name in model_card.RECIPE}
+
+
+def test_the_command_has_every_flag_that_training_depends_on() -> None:
+    flags = [
+        *("--opt", "muon", "--opt-kwargs", "nesterov=True", "ns_steps=6", "fallback_list=['head.*', '*.fc1.*']"),
+        *("--unscale-lr", "--layer-decay", "0.7", "--lr-noise", "3", "4", "--three-augment", "--src"),
+        *("--bce-loss", "--smoothing", "0", "--reprob", "0"),
+    ]
+    trained = vars(get_args_parser().parse_args(flags))
+    command = model_card.as_command(model_card.recipe(trained | {"remedy": {}}), 1)
+    assert vars(get_args_parser().parse_args(shlex.split(command)[3:])) == trained | {"data_path": "/path/to/data"}
+    elsewhere = {  # said otherwise, private, of other programs' data, or of evaluation
+        *("num_classes", "remedy_kwargs", "teacher_path", "data_path", "resume", "finetune", "inat_category"),
+        *("skip_bad_images", "start_epoch", "eval_crop_ratio", "eval", "eval_ema", "real_labels", "throughput"),
+        *("list_models", "list_remedies", "device", "grad_checkpointing", "torchcompile", "model_ema_force_cpu"),
+        *("spectrum_every", "cooldown_epochs", "patience_epochs"),
+    }
+    assert set(trained) == {*model_card.RECIPE} | NO_EFFECT | elsewhere
 
 
 def test_a_value_of_the_recipe_that_looks_like_a_path_stays_at_home() -> None:

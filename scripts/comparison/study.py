@@ -21,7 +21,7 @@ from scripts.comparison.flags import Flags, StudyError, as_words, merged, parse,
 NO_EFFECT = frozenset({
     *("output_dir", "auto_reload", "num_workers", "pin_mem", "print_freq", "download", "keep_checkpoints"),
     *("checkpoint_steps", "shard_cache", "shard_cache_gb", "dist_eval", "shard_eval", "world_size", "dist_url"),
-    *("dist_timeout", "local_rank"),
+    *("dist_timeout", "local_rank", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id", "profile"),
 })  # fmt: skip
 
 
