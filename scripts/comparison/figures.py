@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from oversmoothing.analysis.figures import LAYER_AXIS, Picture, line_style, panels
-from scripts.comparison.results import HEADLINE, QUANTITIES, Results
+from scripts.comparison.results import BEFORE_LAST, HEADLINE, QUANTITIES, Results
 from scripts.comparison.statistics import Difference, differences, summarise
 
 BANDS = "Lines: means over the seeds; bands: 95% intervals of the mean (Student's t); none where there is one seed."
@@ -40,8 +40,10 @@ def draw_all(results: Results, arms: Sequence[str], settings: Sequence[str], bas
         pictures.append(Picture("differences.png", "Differences to the baseline", caption, figure))
     if len(settings) > 1:
         figure = draw_settings(results, arms, settings)
-        caption = f"{QUANTITIES[HEADLINE].label}, with 95% intervals of the mean over the seeds."
-        pictures.append(Picture("settings.png", "Accuracy by setting", caption, figure))
+        caption = (
+            "Means with 95% intervals over the seeds, at the last epoch (similarity: the last one with a spectrum)."
+        )
+        pictures.append(Picture("settings.png", "Accuracy and token similarity by setting", caption, figure))
     pictures.append(Picture("curves.png", "Curves by epoch", BANDS, draw_curves(results, arms, settings)))
     if figure := draw_depth(results, arms, settings):
         caption = (
@@ -92,22 +94,24 @@ def _difference(
 
 
 def draw_settings(results: Results, arms: Sequence[str], settings: Sequence[str]) -> Figure:
-    """The headline quantity by setting, one line an arm."""
-    figure, axes = panels(1, 1, width=max(5.0, 1.2 * len(settings)), height=3.8)
-    ax = axes[0, 0]
-    for index, arm in enumerate(arms):
-        points = []
-        for position, setting in enumerate(settings):
-            if values := results.by_arm(HEADLINE, setting).get(arm):
-                points.append((position + 0.06 * (index - len(arms) / 2), summarise(list(values.values()))))
-        if points:
-            places, found = zip(*points, strict=True)
-            bars = [[s.mean - s.low for s in found], [s.high - s.mean for s in found]]
-            ax.errorbar(places, [s.mean for s in found], bars, label=arm, capsize=2, **line_style(index))
-    ax.set_xticks(range(len(settings)), settings, rotation=20 if len(settings) > 4 else 0)
-    ax.set_ylabel("top-1 accuracy (%)")
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    """Accuracy, and token similarity where it was logged, by setting; one line an arm."""
+    labels = {HEADLINE: "top-1 accuracy (%)", "token_similarity": f"token similarity\n{BEFORE_LAST} (cosine)"}
+    labels = {name: label for name, label in labels.items() if name in results.last().columns}
+    figure, axes = panels(1, len(labels), width=max(4.6, 1.1 * len(settings)), height=3.6)
+    for ax, (quantity, label) in zip(axes.flat, labels.items(), strict=True):
+        for index, arm in enumerate(arms):
+            points = []
+            for position, setting in enumerate(settings):
+                if values := results.by_arm(quantity, setting).get(arm):
+                    points.append((position + 0.06 * (index - len(arms) / 2), summarise(list(values.values()))))
+            if points:
+                places, found = zip(*points, strict=True)
+                bars = [[s.mean - s.low for s in found], [s.high - s.mean for s in found]]
+                ax.errorbar(places, [s.mean for s in found], bars, label=arm, capsize=2, **line_style(index))
+        ax.set_xticks(range(len(settings)), settings, rotation=20 if len(settings) > 4 else 0)
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
     return figure
 
 

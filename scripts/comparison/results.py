@@ -32,7 +32,7 @@ BEFORE_LAST = "before the last block"
 QUANTITIES = {
     "test_acc1": Quantity("top-1 accuracy, last epoch", "%", 2),
     "acc1_at_best_val": Quantity("top-1 accuracy, epoch chosen by the validation split", "%", 2),
-    "test_ema_acc1": Quantity("top-1 accuracy of the moving average, last epoch", "%", 2),
+    "test_ema_acc1": Quantity("top-1 accuracy of the EMA, last epoch", "%", 2),
     "test_loss": Quantity("test loss, last epoch", "nats", 4),
     "train_loss": Quantity("training loss, last epoch", "nats", 4),
     "token_similarity": Quantity(f"token similarity {BEFORE_LAST}", "cosine", 4),
