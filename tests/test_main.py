@@ -636,6 +636,7 @@ def test_tensorboard_holds_the_curves_and_every_lambda(data: Path, tmp_path: Pat
     tags = events.Tags()
     curves = {"loss/train_loss", "loss/test_loss", "accuracy/test_acc1", "accuracy/test_acc5"}
     curves |= {"accuracy/best_test_acc1", "optimization/lr", "time/train_images_per_s"}
+    curves |= {"efficiency/waiting_for_data", "efficiency/peak_memory_gb"}
     lambdas = {
         n for n, _ in tiny_model("attnfeatscale_small_12").named_parameters() if oversmoothing.is_remedy_parameter(n)
     }

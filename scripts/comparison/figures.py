@@ -41,7 +41,8 @@ def draw_all(results: Results, arms: Sequence[str], settings: Sequence[str], bas
     if len(settings) > 1:
         figure = draw_settings(results, arms, settings)
         caption = (
-            "Means with 95% intervals over the seeds, at the last epoch (similarity: the last one with a spectrum)."
+            "Means with 95% intervals, cut at the edge, and single seeds, at the last epoch (similarity: the last one "
+            "with a spectrum)."
         )
         pictures.append(Picture("settings.png", "Accuracy and token similarity by setting", caption, figure))
     pictures.append(Picture("curves.png", "Curves by epoch", BANDS, draw_curves(results, arms, settings)))
@@ -99,15 +100,22 @@ def draw_settings(results: Results, arms: Sequence[str], settings: Sequence[str]
     labels = {name: label for name, label in labels.items() if name in results.last().columns}
     figure, axes = panels(1, len(labels), width=max(4.6, 1.1 * len(settings)), height=3.6)
     for ax, (quantity, label) in zip(axes.flat, labels.items(), strict=True):
+        single = []
         for index, arm in enumerate(arms):
-            points = []
-            for position, setting in enumerate(settings):
-                if values := results.by_arm(quantity, setting).get(arm):
-                    points.append((position + 0.06 * (index - len(arms) / 2), summarise(list(values.values()))))
-            if points:
-                places, found = zip(*points, strict=True)
+            values = {at: results.by_arm(quantity, setting).get(arm) for at, setting in enumerate(settings)}
+            values = {at + 0.06 * (index - len(arms) / 2): list(v.values()) for at, v in values.items() if v}
+            if values:
+                found = [summarise(numbers) for numbers in values.values()]
                 bars = [[s.mean - s.low for s in found], [s.high - s.mean for s in found]]
-                ax.errorbar(places, [s.mean for s in found], bars, label=arm, capsize=2, **line_style(index))
+                ax.errorbar(list(values), [s.mean for s in found], bars, label=arm, capsize=2, **line_style(index))
+            for at, numbers in values.items():
+                ax.scatter(
+                    [at] * len(numbers), numbers, s=14, color=line_style(index)["color"], alpha=0.5, linewidths=0
+                )
+                single += numbers
+        if single:  # the bars of two seeds would leave nothing to see
+            room = 0.1 * (max(single) - min(single)) or 1
+            ax.set_ylim(min(single) - room, max(single) + room)
         ax.set_xticks(range(len(settings)), settings, rotation=20 if len(settings) > 4 else 0)
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
