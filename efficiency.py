@@ -16,7 +16,7 @@ from oversmoothing.analysis.cost import count_macs
 # Device name from torch.cuda.get_device_name() -> dense peak in TFLOP/s: tensor cores without sparsity and with float32
 # accumulation, as torch uses them; float32 without tensor cores. MIG slices, laptop chips and cut-down chips have other
 # peaks and match no row. Source: NVIDIA's data sheets (A100, H100, H200, HGX B200, L4, L40S, V100, T4) and the white
-# papers on GA102 (3090) and Ada (4090); where they give the number with sparsity, half of it.
+# papers on GA102 (3090) and Ada (4090); where they give the number with sparsity, half of it. Quoted from memory.
 PEAKS: dict[str, dict[str, float]] = {
     r"NVIDIA A100.(SXM4|PCIE|PG509).\d+GB|NVIDIA A100 80GB PCIe": dict(half=312, tf32=156, float32=19.5),
     r"NVIDIA H100 80GB HBM3|NVIDIA H200": dict(half=989.4, tf32=494.7, float32=67),
