@@ -17,7 +17,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import timm
 import torch
@@ -27,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models  # noqa: F401  (registers the zoo with timm)
 from oversmoothing import add_remedy
-from oversmoothing.fused import talking_heads
 from scripts import markdown
 
 VIEWS = {"aten::_unsafe_view", "aten::detach"}  # besides what torch marks as one
@@ -47,21 +45,6 @@ class _Counting(TorchDispatchMode):
         if not func.is_view and func._schema.name not in VIEWS:
             self.calls[func._schema.name] += 1
         return func(*args, **(kwargs or {}))
-
-
-class _OpenTalkingHeads(torch.autograd.Function):
-    """``talking_heads``, otherwise a single operator, as the operators it is made of."""
-
-    made_of = talking_heads.talking_heads._init_fn
-
-    @staticmethod
-    def forward(ctx, *inputs: Any) -> torch.Tensor:
-        talking_heads._setup_context(ctx, inputs, None)
-        return _OpenTalkingHeads.made_of(*inputs)
-
-    @staticmethod
-    def backward(ctx, dy: torch.Tensor) -> tuple:
-        return talking_heads._backward(ctx, dy)
 
 
 class Step:
@@ -85,12 +68,7 @@ class Step:
 
 def count_operators(step: Callable[[], None]) -> Counter[str]:
     """Calls of each operator in ``step``, views left out."""
-    backward = talking_heads.talking_heads_backward._init_fn
-    with (
-        patch.object(talking_heads, "talking_heads", _OpenTalkingHeads.apply),
-        patch.object(talking_heads, "talking_heads_backward", backward),
-        _Counting() as counting,
-    ):
+    with _Counting() as counting:
         step()
     return counting.calls
 

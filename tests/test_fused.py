@@ -227,8 +227,9 @@ def random_talking_heads(
     return qkv, 0.5, *(torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((2, 2), (2,), (2, 2), (2,)))
 
 
-def test_talking_heads_gradients_equal_finite_differences() -> None:
-    assert torch.autograd.gradcheck(talking_heads.talking_heads, random_talking_heads(torch.float64, tokens=4))
+@pytest.mark.parametrize("function", [talking_heads.talking_heads, talking_heads.operator], ids=["eager", "operator"])
+def test_talking_heads_gradients_equal_finite_differences(function: Callable[..., Tensor]) -> None:
+    assert torch.autograd.gradcheck(function, random_talking_heads(torch.float64, tokens=4))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -242,7 +243,7 @@ def test_talking_heads_keep_no_map_for_backward(compiled: bool) -> None:
 
 def test_talking_heads_are_an_operator_that_compilers_understand() -> None:
     arguments = random_talking_heads(torch.float64, tokens=4)
-    assert set(torch.library.opcheck(talking_heads.talking_heads, arguments).values()) == {"SUCCESS"}
+    assert set(torch.library.opcheck(talking_heads.operator, arguments).values()) == {"SUCCESS"}
 
 
 def test_exported_programs_keep_the_operator() -> None:
@@ -253,11 +254,12 @@ def test_exported_programs_keep_the_operator() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_talking_heads_follow_autocast(dtype: torch.dtype) -> None:
     qkv, *others = random_talking_heads(torch.float32)
-    with torch.autocast("cpu", dtype):
-        y = talking_heads.talking_heads(qkv, *others)
-    assert torch.equal(y, talking_heads.talking_heads(qkv.to(dtype), *others)) and y.dtype == dtype
-    y.sum().backward()
-    assert others[1].grad.dtype == torch.float32
+    for function in (talking_heads.talking_heads, talking_heads.operator):
+        with torch.autocast("cpu", dtype):
+            y = function(qkv, *others)
+        assert torch.equal(y, talking_heads.talking_heads(qkv.to(dtype), *others)) and y.dtype == dtype
+        y.sum().backward()
+        assert others[1].grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("rms", [1e-1, 1e-4])

@@ -5,12 +5,13 @@ heads to the last axis of [B, H, N, N] and back, twice, and keeps the maps befor
 is one small matrix on [B, H, N * N], and the maps live in a scratch buffer, for a few images or some rows of one image
 at a time: forward keeps only its input, backward recomputes the maps.
 
-It is a custom operator of torch, ``torch.ops.oversmoothing.talking_heads``, so ``torch.compile`` and ``torch.export``
-keep it as one call.
+For ``torch.compile`` and ``torch.export`` it is a custom operator, ``torch.ops.oversmoothing.talking_heads``, which
+they keep as one call. Eager code does without the operator's dispatch, most of which runs in Python.
 """
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from timm.layers import use_fused_attn
@@ -91,8 +92,7 @@ class FusedTalkingHeadAttn(TalkingHeadAttn):
         return None
 
 
-# ---- the operator ----------------------------------------------------------------------------------------------------
-@torch.library.custom_op("oversmoothing::talking_heads", mutates_args=())
+# ---- the function ----------------------------------------------------------------------------------------------------
 def talking_heads(qkv: Tensor, scale: float, w_l: Tensor, b_l: Tensor, w_w: Tensor, b_w: Tensor) -> Tensor:
     """``y = (W_w softmax(W_l S) + b_w) V`` with ``S = scale Q K^T``, a chunk of images or of an image's rows at a time.
 
@@ -110,21 +110,31 @@ def talking_heads(qkv: Tensor, scale: float, w_l: Tensor, b_l: Tensor, w_w: Tens
     Returns:
         Shape (B, N, num_heads, head_dim), the dtype of ``qkv``.
     """
+    if torch.compiler.is_compiling():
+        return operator(qkv, scale, w_l, b_l, w_w, b_w)
+    device_type = qkv.device.type
+    if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
+        qkv = _as_autocast(qkv, device_type)
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        return _Eager.apply(qkv, scale, w_l, b_l, w_w, b_w)
+
+
+def _output(qkv: Tensor, scale: float, w_l: Tensor, b_l: Tensor, w_w: Tensor, b_w: Tensor) -> Tensor:
     y = _empty_output(qkv)
     w_l, w_w = w_l.to(qkv.dtype), w_w.to(qkv.dtype)
     offset = b_w[:, None, None] * _sum_tokens(qkv[2])
     for images, rows, q, (scores, attn) in _chunks(qkv, scale, num_buffers=2):
-        k, v = qkv[1:, images]
-        torch.matmul(q, k.mT, out=scores)
+        k, v = _of_heads(qkv[1:, images])
+        torch.bmm(q, k.mT, out=scores.maps)
         _mix(w_l, scores, out=attn)
-        torch.softmax(attn, dim=-1, out=scores)
+        torch.softmax(attn.maps, dim=-1, out=scores.maps)
         _mix(w_w, scores, out=attn)
-        torch.add(attn @ v, offset[images], out=y[images, rows].transpose(1, 2))
+        part = y[images, rows].transpose(1, 2)
+        torch.add(torch.bmm(attn.maps, v).view(part.shape), offset[images], out=part)
     return y
 
 
-@torch.library.custom_op("oversmoothing::talking_heads_backward", mutates_args=())
-def talking_heads_backward(
+def _gradients(
     dy: Tensor, qkv: Tensor, scale: float, w_l: Tensor, w_w: Tensor, b_w: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``qkv``, ``w_l``, ``w_w`` and ``b_w``, each in its dtype; ``dy`` is the gradient of the output."""
@@ -135,36 +145,32 @@ def talking_heads_backward(
     sum_dy, zero, factor = _sum_tokens(dy), qkv.new_zeros(()), _gradient_factor(qkv)
     dv_offset = b_w[:, None, None] * sum_dy
     for images, rows, q, (scores, attn, mixed, grad) in _chunks(qkv, scale, num_buffers=4):
-        k, v = qkv[1:, images]
-        dq, (dk, dv) = dqkv[0, images, :, rows], dqkv[1:, images]
+        k, v = _of_heads(qkv[1:, images])
+        dq, dk, dv = dqkv[:, images].unbind()
+        part = dy[images, :, rows].flatten(0, 1)
         first = rows.start == 0
-        torch.matmul(q, k.mT, out=scores)
+        torch.bmm(q, k.mT, out=scores.maps)
         _mix(mix_l, scores, out=mixed)
-        torch.softmax(mixed, dim=-1, out=attn)
+        torch.softmax(mixed.maps, dim=-1, out=attn.maps)
         _mix(mix_w, attn, out=mixed)
-        torch.add(dv_offset[images] if first else dv, mixed.mT @ dy[images, :, rows], out=dv)
+        torch.add(dv_offset[images] if first else dv, torch.bmm(mixed.maps.mT, part).view(dv.shape), out=dv)
 
-        torch.matmul(dy[images, :, rows], v.mT, out=grad)
+        torch.bmm(part, v.mT, out=grad.maps)
         dw_w = _mix_gradient(dw_w, grad, attn)
         _mix(mix_w.T, grad, out=mixed)
-        _softmax_gradient(mixed, attn, factor, zero, out=grad)
+        _softmax_gradient(mixed.maps, attn.maps, factor, zero, out=grad.maps)
         dw_l = _mix_gradient(dw_l, grad, scores)
         _mix(mix_l.T, grad, out=mixed)
-        torch.mul(mixed @ k, scale / factor, out=dq)
-        torch.add(zero if first else dk, mixed.mT @ q, alpha=1 / factor, out=dk)
+        dq = dq[:, :, rows]
+        torch.mul(torch.bmm(mixed.maps, k).view(dq.shape), scale / factor, out=dq)
+        torch.add(zero if first else dk, torch.bmm(mixed.maps.mT, q).view(dk.shape), alpha=1 / factor, out=dk)
     db_w = torch.sum(sum_dy * _sum_tokens(qkv[2]), dim=(0, 2, 3))
     return dqkv, (dw_l / factor).to(w_l.dtype), dw_w.to(w_w.dtype), db_w.to(b_w.dtype)
 
 
-@talking_heads.register_fake
 def _empty_output(qkv: Tensor, *other: object) -> Tensor:
     _, B, H, N, D = qkv.shape
     return qkv.new_empty(B, N, H, D)
-
-
-@talking_heads_backward.register_fake
-def _(dy, qkv, scale, w_l, w_w, b_w):
-    return torch.empty_like(qkv), torch.empty_like(w_l), torch.empty_like(w_w), torch.empty_like(b_w)
 
 
 def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
@@ -172,23 +178,54 @@ def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(qkv, w_l, b_l, w_w, b_w)
 
 
-def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+class _Eager(torch.autograd.Function):
+    """The function in eager code, in one node of autograd."""
+
+    @staticmethod
+    def forward(ctx, *inputs) -> Tensor:  # with a separate setup_context, apply() looks at the signature at each call
+        _setup_context(ctx, inputs, None)
+        return _output(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, w_l, b_l, w_w, b_w = ctx.saved_tensors
+        dqkv, dw_l, dw_w, db_w = _gradients(dy, qkv, ctx.scale, w_l, w_w, b_w)
+        return dqkv, None, dw_l, torch.zeros_like(b_l), dw_w, db_w
+
+
+# ---- the same as an operator of torch --------------------------------------------------------------------------------
+operator = torch.library.custom_op("oversmoothing::talking_heads", _output, mutates_args=())
+_backward_operator = torch.library.custom_op("oversmoothing::talking_heads_backward", _gradients, mutates_args=())
+operator.register_fake(_empty_output)
+
+
+@_backward_operator.register_fake
+def _(dy, qkv, scale, w_l, w_w, b_w):
+    return torch.empty_like(qkv), torch.empty_like(w_l), torch.empty_like(w_w), torch.empty_like(b_w)
+
+
+def _operator_backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     qkv, w_l, b_l, w_w, b_w = ctx.saved_tensors
-    dqkv, dw_l, dw_w, db_w = talking_heads_backward(dy, qkv, ctx.scale, w_l, w_w, b_w)
+    dqkv, dw_l, dw_w, db_w = _backward_operator(dy, qkv, ctx.scale, w_l, w_w, b_w)
     return dqkv, None, dw_l, torch.zeros_like(b_l), dw_w, db_w
 
 
-talking_heads.register_autograd(_backward, setup_context=_setup_context)
+operator.register_autograd(_operator_backward, setup_context=_setup_context)
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+_AUTOCAST = _AUTOCAST | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+
+
+def _as_autocast(qkv: Tensor, device_type: str) -> Tensor:
+    """``qkv`` in autocast's precision; autocast leaves float64 alone."""
+    return qkv if qkv.dtype == torch.float64 else qkv.to(torch.get_autocast_dtype(device_type))
 
 
 def _autocast(device_type: str):
     def kernel(keyset, qkv: Tensor, *others):
-        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-        keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            if qkv.dtype != torch.float64:  # autocast leaves float64 alone
-                qkv = qkv.to(torch.get_autocast_dtype(device_type))
-            return talking_heads(qkv, *others)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return operator(_as_autocast(qkv, device_type), *others)
 
     return kernel
 
@@ -207,10 +244,17 @@ def talking_heads_as_maps(qkv: Tensor, scale: float, w_l: Tensor, b_l: Tensor, w
 
 
 # ---- its parts -------------------------------------------------------------------------------------------------------
-def _chunks(qkv: Tensor, scale: float, num_buffers: int) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+class _Buffer(NamedTuple):
+    """Scratch memory for the maps of a chunk, seen in two ways."""
+
+    maps: Tensor  # (images * num_heads, rows, N)
+    heads: Tensor  # (images, num_heads, rows * N)
+
+
+def _chunks(qkv: Tensor, scale: float, num_buffers: int) -> Iterator[tuple[slice, slice, Tensor, list[_Buffer]]]:
     """For each chunk: its slice of the images and of the queries, ``scale`` times these queries, and scratch buffers.
 
-    Queries have shape (images, num_heads, rows, head_dim), buffers (num_buffers, images, num_heads, rows, N).
+    Queries have shape (images * num_heads, rows, head_dim).
     """
     _, B, H, N, D = qkv.shape
     limit = CPU_CHUNK_BYTES if qkv.device.type == "cpu" else CHUNK_BYTES
@@ -221,11 +265,18 @@ def _chunks(qkv: Tensor, scale: float, num_buffers: int) -> Iterator[tuple[slice
     scratch = qkv.new_empty(num_buffers, images * H * rows * N)
     for image in range(0, B, images):
         for row in range(0, N, rows):
-            shape = min(images, B - image), H, min(rows, N - row), N
-            buffers = scratch[:, : math.prod(shape)].view(num_buffers, *shape)
+            n, r = min(images, B - image), min(rows, N - row)
+            used = scratch[:, : n * H * r * N]
+            buffers = map(_Buffer, used.view(-1, n * H, r, N).unbind(), used.view(-1, n, H, r * N).unbind())
             chunk = slice(image, image + images), slice(row, row + rows)
-            q = qkv.new_empty(*shape[:3], D)
-            yield *chunk, torch.mul(qkv[0, chunk[0], :, chunk[1]], scale, out=q), buffers
+            q = qkv.new_empty(n, H, r, D)
+            torch.mul(qkv[0, chunk[0], :, chunk[1]], scale, out=q)
+            yield *chunk, q.view(n * H, r, D), list(buffers)
+
+
+def _of_heads(kv: Tensor) -> tuple[Tensor, ...]:
+    """(2, images, num_heads, N, head_dim) -> two of (images * num_heads, N, head_dim), which copies several images."""
+    return kv.flatten(1, 2).unbind()
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
@@ -237,13 +288,12 @@ def _sum_tokens(x: Tensor) -> Tensor:
     return x.sum(dim=-2, keepdim=True, dtype=_sum_dtype(x))
 
 
-def _mix(weight: Tensor, maps: Tensor, out: Tensor) -> Tensor:
-    torch.matmul(weight, maps.flatten(2), out=out.flatten(2))
-    return out
+def _mix(weight: Tensor, maps: _Buffer, out: _Buffer) -> None:
+    torch.bmm(weight.expand(len(maps.heads), -1, -1), maps.heads, out=out.heads)
 
 
-def _mix_gradient(total: Tensor | None, grad: Tensor, maps: Tensor) -> Tensor:
-    part = (grad.flatten(2) @ maps.flatten(2).mT).sum(dim=0, dtype=_sum_dtype(grad))
+def _mix_gradient(total: Tensor | None, grad: _Buffer, maps: _Buffer) -> Tensor:
+    part = torch.bmm(grad.heads, maps.heads.mT).sum(dim=0, dtype=_sum_dtype(grad.heads))
     return part if total is None else total.add_(part)
 
 
