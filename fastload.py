@@ -4,6 +4,7 @@
 process. Here, with the same draws in the same order:
 
 - a crop is drawn before its file is decoded, and large JPEG files are decoded at the scale that the crop needs;
+- under repeated augmentation, which takes an image several times in a row, it is read and decoded once;
 - the crop is resized by torch's 8-bit kernel, five times as fast as Pillow and with the same antialiasing filter: of
   1,000 values about four differ, by one of 255 levels;
 - images travel to the device as bytes, in a quarter of the memory; ``DeviceTransform`` normalises them there (on a CPU
@@ -34,7 +35,7 @@ from torchvision.transforms.v2 import functional
 
 import datasets
 from datasets import DataOptions
-from readers.images import decode, open_image
+from readers.images import File, decode, open_image
 
 # An image decoded at reduced scale has at least this many pixels for each one of the result, along both sides. With 2
 # the result is within 0.6 levels of full decoding on average and as sharp (1%); with 1 it loses up to 5% of its
@@ -43,8 +44,37 @@ REDUCING_GAP = 2
 TORCH_FILTERS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 
 
+class LastImage:
+    """Opens and decodes image files, and keeps the last one's pixels: the same file again costs nothing.
+
+    Repeated augmentation deals three copies of an image out to the processes in turn. So one process gets them in a
+    row, two get two of them every other time; from three processes on there is nothing to keep.
+    """
+
+    def __init__(self) -> None:
+        self.path: File | None = None
+        self.image: Image.Image | None = None
+        self.decoded = False
+
+    def open(self, path: File) -> Image.Image:
+        """As ``readers.images.open_image``."""
+        if path != self.path or not self.decoded:
+            self.image, self.path, self.decoded = open_image(path), path, False
+        return self.image
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """As ``readers.images.decode``, for an image at its full size."""
+        pixels = decode(image)
+        self.decoded = image is self.image
+        return pixels
+
+
 class RandomResizedCropOfFile(RandomResizedCropAndInterpolation):
     """timm's random crop for images that are not decoded yet; its draws are the same."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.last = LastImage()
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Draws a crop, decodes, and resizes the crop.
@@ -61,15 +91,21 @@ class RandomResizedCropOfFile(RandomResizedCropAndInterpolation):
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
         several = isinstance(self.interpolation, tuple)
         interpolation = random.choice(self.interpolation) if several else self.interpolation
-        reduction = min(height / self.size[0], width / self.size[1]) / REDUCING_GAP
+        reduction = self._reduction(width, height)
         box = (left, top, left + width, top + height)
+        # Keep no file of which another crop would be decoded at a reduced scale: it has to be, whatever came before.
+        decode_whole = self.last if self._reduction(*image.size) < 2 else decode
         if reduction >= 2 and (scale := _reduce(image, reduction)) < 1:
             # The crop's border lies within reduced pixels; only Pillow's resize takes such a box.
             box = tuple(scale * edge for edge in box)
             return decode(image).resize(self.size[::-1], str_to_pil_interp(interpolation.value), box=box)
-        pixels = _to_bytes(decode(image).crop(box))
+        pixels = _to_bytes(decode_whole(image).crop(box))
         resized = functional.resize(pixels.permute(2, 0, 1), self.size, interpolation, antialias=True)
         return Image.fromarray(resized.permute(1, 2, 0).numpy())
+
+    def _reduction(self, width: int, height: int) -> float:
+        """How many times smaller an area may be decoded."""
+        return min(height / self.size[0], width / self.size[1]) / REDUCING_GAP
 
 
 def _reduce(image: Image.Image, reduction: float) -> float:
@@ -95,7 +131,7 @@ def build_transform(options: DataOptions, data_config: dict[str, Any] | None = N
             first.size, first.scale, first.ratio, options.train_interpolation
         )
     else:
-        transform.transforms.insert(0, decode)
+        transform.transforms.insert(0, LastImage())
     return transform
 
 
@@ -114,7 +150,9 @@ def _to_bytes(image: Image.Image) -> Tensor:
 def build_dataset(options: DataOptions, data_config: dict[str, Any] | None = None) -> tuple[Dataset, int]:
     """Training data set of uint8 images, and its number of classes; otherwise as ``datasets.build_dataset``."""
     transform = build_transform(options, data_config)
-    return datasets.build_dataset(True, options, data_config, transform=transform, loader=open_image)
+    first = transform.transforms[0]
+    last = first if isinstance(first, LastImage) else first.last
+    return datasets.build_dataset(True, options, data_config, transform=transform, loader=last.open)
 
 
 class DeviceTransform(nn.Module):

@@ -39,7 +39,7 @@ import entry
 import fastload
 import samplers
 from readers import shards
-from readers.images import decode, open_image
+from readers.images import decode, load_image, open_image
 from readers.loader import build_loader, seeded
 from scripts import markdown
 from scripts.prepare_wds import prepare_wds
@@ -140,7 +140,7 @@ def data_table(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     Args:
         args: Reads ``quick``; where present also ``data_path``, ``size``, ``images`` (a round), ``rounds`` and
-            ``batch_size``.
+            ``batch_size`` and ``repeated_aug``.
     """
     torch.set_num_threads(1)
     number = getattr(args, "images", None) or (128 if args.quick else 512)
@@ -152,10 +152,9 @@ def data_table(args: argparse.Namespace) -> list[dict[str, Any]]:
         else:
             make_photographs(tree, min(number, 256), tuple(getattr(args, "size", None) or SIZE))
         sets = build_sets(tree, Path(temporary))
-        # The order is shuffled and repeated augmentation is off: nothing gains from reading an image twice in a row.
-        rows = compare_loaders(
-            sets, min(number, 10 * len(sets["plain"])), rounds, getattr(args, "batch_size", None) or 64
-        )
+        number = min(number, 10 * len(sets["plain"]))
+        batch_size, processes = getattr(args, "batch_size", None) or 64, getattr(args, "repeated_aug", None)
+        rows = compare_loaders(sets, number, rounds, batch_size, processes)
         of_files = {name: sets[name] for name in ("plain", "fast", f"wds {MAX_SIDE} px fast")}
         rows += stages(of_files, recipe_of("FOLDER", tree), 2 if args.quick else 5)
         rows += fetching(Path(temporary, "wds"))
@@ -163,13 +162,25 @@ def data_table(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def compare_loaders(sets: dict[str, Any], number: int, rounds: int, batch_size: int) -> list[dict[str, Any]]:
-    """Images per second of CPU time of each data set, loaded by one worker; ratios are relative to the first."""
+def compare_loaders(
+    sets: dict[str, Any], number: int, rounds: int, batch_size: int, processes: int | None = None
+) -> list[dict[str, Any]]:
+    """Images per second of CPU time of each data set, loaded by one worker; ratios are relative to the first.
+
+    Args:
+        sets: Data sets of the same images.
+        number: Images a round.
+        rounds: Rounds that count.
+        batch_size: Images a batch.
+        processes: The order is that of repeated augmentation in the first of so many processes; None switches it off:
+            then an image is hardly ever read twice in a row.
+    """
     batch_size = min(batch_size, number)
     loaders = {}
     for name, dataset in sets.items():
         subset = torch.utils.data.Subset(dataset, [i % len(dataset) for i in range(number)])
-        sampler = samplers.build_samplers(subset, subset, world_size=1, rank=0, repeated_aug=False, seed=0)[0]
+        repeated = dict(world_size=processes or 1, rank=0, repeated_aug=processes is not None)
+        sampler = samplers.build_samplers(subset, subset, **repeated, seed=0)[0]
         loaders[name] = build_loader(
             subset, sampler, batch_size=batch_size, num_workers=1, pin_memory=False, drop_last=True
         )
@@ -212,7 +223,7 @@ def stages(sets: dict[str, Any], recipe: argparse.Namespace, repeats: int) -> li
     """Milliseconds an image of every step of the transforms, of making a batch, and of the device's part on a CPU."""
     rows = []
     for name, dataset in sets.items():
-        decodes_later = dataset.loader is open_image
+        decodes_later = dataset.loader is not load_image
         times: dict[str, float] = defaultdict(float)
 
         def timed(stage: str, step: Callable[..., Any], *inputs: Any, times: dict[str, float] = times) -> Any:
@@ -285,6 +296,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="a round; default 512 (--quick: 128)")
     parser.add_argument("--rounds", type=int, help="default 9 (--quick: 3)")
     parser.add_argument("-b", "--batch-size", type=int, default=64)
+    parser.add_argument(
+        "--repeated-aug",
+        type=int,
+        metavar="PROCESSES",
+        help="in the order of repeated augmentation, as the first of so many processes gets it; default: off",
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--results-file", type=entry.user_path, metavar="JSON")
     args = parser.parse_args()

@@ -266,6 +266,36 @@ def test_neither_workers_nor_a_restart_change_a_batch(photographs: Path, flags: 
     assert not same(whole, load_epoch(photographs, 0, *flags, epoch=2))
 
 
+@pytest.mark.parametrize("processes, files", [(1, 1 / 3), (2, 2 / 3), (3, 1)])
+@pytest.mark.parametrize("flags", [(), ("--three-augment", "--src")], ids=str)
+def test_repeated_augmentation_reads_a_file_once_and_changes_no_image(
+    photographs: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], processes: int, files: float
+) -> None:
+    args = make_args(photographs, "--input-size", "96", "--reprob", "0", *flags)
+    dataset, transform = fastload.build_dataset(args)[0], fastload.build_transform(args)
+    opened = []
+    monkeypatch.setattr(fastload, "open_image", lambda path: opened.append(path) or open_image(path))
+    sampler = build_samplers(dataset, dataset, world_size=processes, rank=0, repeated_aug=True, seed=3)[0]
+    keys = list(sampler)[:12]
+    for index, seed in keys:
+        with seeded(seed):
+            image, _ = dataset[index]
+        with seeded(seed):
+            assert torch.equal(image, transform(open_image(dataset.samples[index][0])))
+    assert len(opened) == files * len(keys)
+
+
+def test_a_file_that_crops_decode_at_a_reduced_scale_is_read_each_time(tmp_path: Path) -> None:
+    make_photographs(tmp_path, 1, size=(1600, 1200))
+    args = make_args(tmp_path, "--reprob", "0", "--aa", "none")
+    dataset, transform = fastload.build_dataset(args)[0], fastload.build_transform(args)
+    for seed in range(8):  # some are reduced, some are not
+        with seeded(seed):
+            image, _ = dataset[0]
+        with seeded(seed):
+            assert torch.equal(image, transform(open_image(dataset.samples[0][0])))
+
+
 def test_workers_do_not_need_their_random_state_back_but_the_main_process_does(photographs: Path) -> None:
     random.seed(1)
     torch.manual_seed(1)
@@ -313,6 +343,7 @@ def test_damaged_files_are_skipped_up_to_the_limit(photographs: Path, tmp_path: 
     with pytest.warns(UserWarning, match="skipped bad image 1 of at most 1"):
         pixels, _ = dataset[1]
     assert pixels.dtype == torch.uint8
+    assert dataset[1][0].shape == pixels.shape  # again, as repeated augmentation does
 
 
 # -------------------------------------------------------------------------------------------------------------- opt-out
