@@ -3,13 +3,9 @@
 import re
 import resource
 import sys
-import time
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from oversmoothing.analysis.cost import count_macs
 
@@ -67,32 +63,6 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-class WatchedLoader:
-    """A loader that adds up the seconds this process waits for its batches, over one epoch.
-
-    A GPU may work on queued kernels meanwhile, so the sum is an upper bound of the time that loading costs.
-    """
-
-    def __init__(self, loader: DataLoader) -> None:
-        self.loader = loader
-        self.waited = 0.0
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        iterator = iter(self.loader)
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                self.waited += time.perf_counter() - start
-            yield batch
 
 
 class Efficiency:

@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from utils import Meters
+from utils import Meters, WatchedLoader
 
 _logger = logging.getLogger(__name__)
 
@@ -125,12 +125,13 @@ def train_one_epoch(
     """
     trainer.model.train()
     trainer.optimizer.zero_grad(set_to_none=True)
-    console = _Console(f"Epoch: [{epoch}]", start_step + len(loader), print_freq, trainer.device)
+    loader = WatchedLoader(loader)
+    console = _Console(f"Epoch: [{epoch}]", loader, print_freq, trainer.device, start_step)
     finite = _FiniteLossGuard(trainer.device)
-    last = start_step + len(loader) - 1
+    last = console.total - 1
 
     step = start_step
-    for step, (images, targets) in enumerate(console.timed(loader), start=start_step):
+    for step, (images, targets) in enumerate(loader, start=start_step):
         seed_step(step)
         images = images.to(trainer.device, non_blocking=True)
         targets = targets.to(trainer.device, non_blocking=True)
@@ -244,8 +245,9 @@ def evaluate(
     """
     model.eval()
     evaluator = _Evaluator(device, max_samples=evaluation_sample_limit(loader))
-    console = _Console("Test:", len(loader), print_freq, device)
-    for step, (images, targets) in enumerate(console.timed(loader)):
+    watched = WatchedLoader(loader)
+    console = _Console("Test:", watched, print_freq, device)
+    for step, (images, targets) in enumerate(watched):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         if prepare is not None:
             images = prepare(images)
@@ -327,23 +329,14 @@ class _FiniteLossGuard:
 class _Console:
     """Progress lines in DeiT's form, with images/s over all ranks of the interval since the last line."""
 
-    def __init__(self, header: str, total: int, print_freq: int, device: torch.device) -> None:
-        self.header, self.total, self.print_freq, self.device = header, total, print_freq, device
+    def __init__(
+        self, header: str, loader: WatchedLoader, print_freq: int, device: torch.device, start_step: int = 0
+    ) -> None:
+        self.header, self.loader, self.print_freq, self.device = header, loader, print_freq, device
+        self.total = start_step + len(loader)
         self.images = self.steps = 0
-        self.data_time = 0.0
+        self.waited = 0.0
         self.since = time.perf_counter()
-
-    def timed(self, loader: DataLoader):
-        """Yields from ``loader`` and adds up the time that was spent waiting for it."""
-        iterator = iter(loader)
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            self.data_time += time.perf_counter() - start
-            yield batch
 
     def count(self, images: int) -> None:
         self.images += images
@@ -365,9 +358,9 @@ class _Console:
             memory = f"  max mem: {torch.cuda.max_memory_allocated(self.device) / 2**20:.0f} MB"
         _logger.info(
             f"{self.header}  [{step:>{len(str(self.total))}}/{self.total}]  eta: {eta}  {values}  "
-            f"time: {elapsed / steps:.4f}  data: {self.data_time / steps:.4f}  "
+            f"time: {elapsed / steps:.4f}  data: {(self.loader.waited - self.waited) / steps:.4f}  "
             f"images/s: {ranks * self.images / max(elapsed, 1e-9):.1f}{memory}"
         )
         self.images = self.steps = 0
-        self.data_time = 0.0
+        self.waited = self.loader.waited
         self.since = time.perf_counter()

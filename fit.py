@@ -29,7 +29,7 @@ import utils
 import writers
 from build import Loaders, Start
 from oversmoothing import remedies_of
-from utils import World
+from utils import WatchedLoader, World
 
 _logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def fit(
         if to_trace and len(loader_train):
             tracer = open_tracer(args, trainer, epoch, first_step, math.ceil(len(loader_train) / args.grad_accum))
             after_step, to_trace = tracer.before(after_step), 0
-        watched = efficiency.WatchedLoader(loader_train)
+        watched = WatchedLoader(loader_train)
         epoch_began = time.time()
         with tracer or nullcontext():
             train_stats = engine.train_one_epoch(

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -413,6 +413,32 @@ def seed_everything(*address: int) -> None:
 
 
 # ---- meters ----------------------------------------------------------------------------------------------------------
+class WatchedLoader:
+    """A loader that adds up the seconds this process waits for its batches, over one pass.
+
+    A GPU may work on queued kernels meanwhile, so the sum is an upper bound of the time that loading costs.
+    """
+
+    def __init__(self, loader: Collection) -> None:
+        self.loader = loader
+        self.waited = 0.0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator = iter(self.loader)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.perf_counter() - start
+            yield batch
+
+
 class Meters:
     """Weighted means over an epoch, summed on the device in float64; only reading them waits for the device."""
 
