@@ -405,7 +405,7 @@ def loader_processes(args: argparse.Namespace) -> int:
             f"{cores} CPU cores for each process, {args.num_workers} of them load images (--num_workers "
             f"{args.num_workers}): if data: below is a large part of time:, give --num_workers -1 for all {cores}"
         )
-    return cores if args.num_workers == -1 else args.num_workers
+    return utils.loader_processes(args.num_workers)
 
 
 def fit_batch_size(args: argparse.Namespace, samples: int) -> int:

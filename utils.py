@@ -137,6 +137,11 @@ def cores_of_process() -> int:
     return max(cores, 1)
 
 
+def loader_processes(num_workers: int) -> int:
+    """``--num_workers``, with -1 for all cores of this process."""
+    return cores_of_process() if num_workers == -1 else num_workers
+
+
 @contextmanager
 def process_group(device: str = "auto", dist_url: str = "env://", timeout_s: int = 600) -> Iterator[World]:
     """Joins the process group of :func:`this_process`, and leaves it at the end. NCCL on CUDA, gloo on CPU.

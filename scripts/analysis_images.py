@@ -14,6 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from datasets import DataError, DataOptions, build_dataset, build_transform
 from oversmoothing.analysis.subject import Subject
 from readers.images import load_image
+from utils import loader_processes
 
 
 class ImageFiles(Dataset):
@@ -85,5 +86,5 @@ def build_loader(args: argparse.Namespace, subjects: Sequence[Subject]) -> tuple
     views = Views(datasets)
     order = torch.randperm(len(views), generator=torch.Generator().manual_seed(args.seed))
     chosen = Subset(views, sorted(order[: args.num_images or None].tolist()))
-    loader = DataLoader(chosen, batch_size=args.batch_size, num_workers=args.num_workers)
+    loader = DataLoader(chosen, batch_size=args.batch_size, num_workers=loader_processes(args.num_workers))
     return loader, [kinds[input_kind(subject)] for subject in subjects]

@@ -189,7 +189,14 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="images at a time; memory grows with it, not with --num-images (default: 8)",
     )
-    group.add_argument("--num_workers", "--num-workers", type=int, default=0, metavar="N", help="loader processes")
+    group.add_argument(
+        "--num_workers",
+        "--num-workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="loader processes; -1 takes all cores (default: 0, the images are loaded in this process)",
+    )
     group.add_argument("--seed", type=int, default=0, help="seed of the choice of images and of initial weights")
     return parser
 
@@ -207,7 +214,7 @@ def check_args(args: argparse.Namespace) -> None:
         problems.append("--data-path is missing: give a folder of images (or --image FILE for one image's maps)")
     if args.data_set and not args.data_path:
         problems.append(f"--data-set {args.data_set} needs --data-path, the folder of its files")
-    ranges = {"batch_size": 1, "num_images": 0, "num_workers": 0, "seed": 0, "input_size": 1}
+    ranges = {"batch_size": 1, "num_images": 0, "num_workers": -1, "seed": 0, "input_size": 1}
     for flag, least in ranges.items():
         value = getattr(args, flag)
         if value is not None and not least <= value < 2**62:

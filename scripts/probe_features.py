@@ -270,7 +270,7 @@ def build_loaders(args: argparse.Namespace, size: int, config: dict, world: Worl
                 dataset,
                 sampler,
                 batch_size=args.batch_size,
-                num_workers=utils.cores_of_process() if args.num_workers == -1 else args.num_workers,
+                num_workers=utils.loader_processes(args.num_workers),
                 pin_memory=world.device.type == "cuda",
                 drop_last=False,
             )

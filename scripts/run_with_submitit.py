@@ -101,6 +101,7 @@ class Task:
         if job.cluster == "slurm":
             return {}
         ranks = {"RANK": job.global_rank, "LOCAL_RANK": job.local_rank, "WORLD_SIZE": job.num_tasks}
+        ranks |= {"LOCAL_WORLD_SIZE": job.num_tasks}  # one node; they share its cores
         group = ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.port}
         return {name: str(value) for name, value in group.items()}
 

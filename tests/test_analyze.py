@@ -174,9 +174,9 @@ def test_csv_holds_the_same_numbers_as_json(output: Path) -> None:
     )
 
 
-def test_the_result_does_not_depend_on_the_batch_size(photos: Path) -> None:
+def test_the_result_does_not_depend_on_the_batch_size_and_the_processes(photos: Path) -> None:
     flags = ["--data-path", photos, "--model", "featscale_small_24", *SMALL, "--batch-size"]
-    (one,), (four,) = measured(*flags, 1), measured(*flags, 4)
+    (one,), (four,) = measured(*flags, 1, "--num_workers", 0), measured(*flags, 4, "--num_workers", -1)
     assert_equal_results(one, four)
 
 

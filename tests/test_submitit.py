@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ranks import Ranks
@@ -55,6 +56,12 @@ def test_bad_flags_fail_before_the_queue(
     assert code == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.glob("**/*.pkl"))
+
+
+def test_tasks_on_one_machine_share_its_cores() -> None:
+    job = SimpleNamespace(cluster="local", global_rank=1, local_rank=1, num_tasks=2)
+    group = run_with_submitit.Task(["--epochs", "1"], 1234)._group(job)
+    assert (group["RANK"], group["WORLD_SIZE"], group["LOCAL_WORLD_SIZE"]) == ("1", "2", "2")
 
 
 @pytest.mark.slow
