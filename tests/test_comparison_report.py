@@ -1,6 +1,7 @@
 """From logs to tables and the page: what is found in simulated studies, and what the page says of it."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 from runs import tiny_tree
 from studies import ARMS, FLAGS, accuracies, study_of, write_run
 
+from oversmoothing.analysis.figures import line_style
 from scripts.comparison import report
-from scripts.comparison.figures import draw_depth, draw_parameters
+from scripts.comparison.figures import draw_curves, draw_depth, draw_parameters, explain_bands
 from scripts.comparison.results import collect
+from scripts.comparison.statistics import Difference, Summary
 from scripts.comparison.study import Study
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
@@ -69,6 +72,30 @@ def test_a_study_becomes_tables_and_a_page_that_needs_no_other_file(data: Path, 
     # Of the block before the last, which three layers have at index 1.
     assert rows.loc[("short", "token_similarity", "plain"), "mean"] == pytest.approx(0.2 + 0.082)
     assert rows.loc[("short", "hc_dc_mlp", "plain"), "mean"] == 2.0
+
+
+def test_many_arms_stay_apart_and_leave_out_what_would_hide_them(tmp_path: Path) -> None:
+    study = study_of(seeds=2, arms={f"arm {i}": ARMS["plain"] for i in range(9)})
+    simulated(tmp_path, study, {arm: accuracies(99, 3, 2, i) for i, arm in enumerate(study.arms)})
+    results = collect(study.runs(), tmp_path / "runs")
+    looks = [tuple(line_style(index)[key] for key in ("color", "marker")) for index in range(9)]
+    assert len(set(looks)) == 9
+    for arms, bands in ((list(study.arms), 0), (list(study.arms)[:3], 3)):
+        accuracy = draw_curves(results, arms, [""]).axes[0]
+        assert len(accuracy.lines) == len(arms) and len(accuracy.collections) == bands
+        assert accuracy.get_ylim()[1] <= 100
+        assert ("So many arms" in explain_bands(arms)) == (bands == 0)
+    layers = results.layers.to_dict("records")
+    for number in range(6):
+        layers += [row | {"quantity": f"lamb_{number}"} for row in layers if row["quantity"] == "hc_dc_mlp"]
+    figure = draw_parameters(replace(results, layers=pd.DataFrame(layers)), list(study.arms), [""])
+    assert figure.axes[0].get_gridspec().get_geometry() == (2, 4)
+
+
+def test_a_difference_that_accuracies_cannot_have_is_not_promised() -> None:
+    noisy = Difference(Summary(3, 5.0, 40.0, -94.4, 104.4), 0.8, 1.0, detectable=190.0)
+    said = report.sentence("both", "plain", noisy, report.QUANTITIES["test_acc1"])
+    assert "no difference at all would be seen with 80% power" in said and "190" not in said
 
 
 def test_of_twenty_studies_of_arms_that_differ_by_luck_about_one_finds_something(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ figure {{ margin: 2em 0; }} figcaption {{ color: #555; }}
 table {{ border-collapse: collapse; font-size: 14px; }}
 th, td {{ padding: 2px 10px; text-align: right; border-bottom: 1px solid #ddd; }}
 th:first-child, td:first-child {{ text-align: left; }}
+dt {{ font-weight: 600; }} dd {{ margin: 0 0 0.5em 2em; }}
 .scroll {{ overflow-x: auto; }} summary {{ cursor: pointer; margin: 0.5em 0; }}
 </style></head><body>
 <h1>{title}</h1>

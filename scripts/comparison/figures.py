@@ -1,5 +1,6 @@
 """The figures of a comparison: differences, curves and depth, each with its 95% interval over the seeds."""
 
+import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -12,7 +13,8 @@ from oversmoothing.analysis.figures import LAYER_AXIS, Picture, line_style, pane
 from scripts.comparison.results import BEFORE_LAST, HEADLINE, QUANTITIES, Results
 from scripts.comparison.statistics import Difference, differences, summarise
 
-BANDS = "Lines: means over the seeds; bands: 95% intervals of the mean (Student's t); none where there is one seed."
+MANY_ARMS = 4  # more bands than these hide each other
+PANELS_A_ROW = 4
 BY_LAYER = {
     "token_similarity": ("token similarity of the block's output", "cosine of distinct tokens"),
     "hc_dc_mlp": ("‖HC‖/‖DC‖ of the block's output", "ratio"),
@@ -31,7 +33,7 @@ def draw_all(results: Results, arms: Sequence[str], settings: Sequence[str], bas
         settings: Also in the order of the study.
         baseline: One of the arms.
     """
-    pictures = []
+    pictures, bands = [], explain_bands(arms)
     if figure := draw_differences(results, arms, settings, baseline):
         caption = (
             f"{QUANTITIES[HEADLINE].label}: each arm minus {baseline}, paired by seed. Dots: seeds; squares and bars: "
@@ -45,17 +47,24 @@ def draw_all(results: Results, arms: Sequence[str], settings: Sequence[str], bas
             "with a spectrum)."
         )
         pictures.append(Picture("settings.png", "Accuracy and token similarity by setting", caption, figure))
-    pictures.append(Picture("curves.png", "Curves by epoch", BANDS, draw_curves(results, arms, settings)))
+    pictures.append(Picture("curves.png", "Curves by epoch", bands, draw_curves(results, arms, settings)))
     if figure := draw_depth(results, arms, settings):
         caption = (
             "At the last epoch with a spectrum. Towards a similarity of 1, a ratio of 0 or an effective rank of 1, "
-            f"tokens are one. {BANDS}"
+            f"tokens are one. {bands}"
         )
         pictures.append(Picture("depth.png", "Over-smoothing by depth", caption, figure))
     if figure := draw_parameters(results, arms, settings):
-        caption = f"Means over heads or channels; a remedy that starts as the identity starts at 0. {BANDS}"
+        caption = f"Means over heads or channels. Remedies start as the identity: summands at 0, factors at 1. {bands}"
         pictures.append(Picture("parameters.png", "Learnt λ by layer", caption, figure))
     return pictures
+
+
+def explain_bands(arms: Sequence[str]) -> str:
+    """What lines and bands are."""
+    if len(arms) > MANY_ARMS:
+        return "Lines: means over the seeds. So many arms would hide each other's intervals: see the tables."
+    return "Lines: means over the seeds; bands: 95% intervals of the mean (Student's t); none where there is one seed."
 
 
 def draw_differences(results: Results, arms: Sequence[str], settings: Sequence[str], baseline: str) -> Figure | None:
@@ -126,12 +135,16 @@ def draw_settings(results: Results, arms: Sequence[str], settings: Sequence[str]
 def draw_curves(results: Results, arms: Sequence[str], settings: Sequence[str]) -> Figure:
     """Accuracy and losses by epoch; one row a setting."""
     names = {"test_acc1": "top-1 accuracy (%)", "test_loss": "test loss (nats)", "train_loss": "training loss (nats)"}
+    bounds = {"test_acc1": (0, 100)}
     figure, axes = panels(len(settings), len(names))
     for row, setting in zip(axes, settings, strict=True):
         table = results.epochs[results.epochs["setting"] == setting]
         for ax, (name, label) in zip(row, names.items(), strict=True):
             for index, arm in enumerate(arms):
-                _band(ax, table[table["arm"] == arm], "epoch", name, index)
+                _band(ax, table[table["arm"] == arm], "epoch", name, index, len(arms) <= MANY_ARMS)
+            least, largest = bounds.get(name, (0, math.inf))  # Student's intervals do not know them
+            low, high = ax.get_ylim()
+            ax.set_ylim(max(low, least), min(high, largest))
             ax.set_xlabel("epoch")
             ax.set_ylabel(label)
             ax.set_title(setting, fontsize=10)
@@ -159,12 +172,17 @@ def _by_layer(
     tables = {name: table for name, table in tables.items() if not table.empty}
     if not tables:
         return None
-    figure, axes = panels(len(settings), len(tables))
-    for row, setting in zip(axes, settings, strict=True):
-        for ax, (name, table) in zip(row, tables.items(), strict=True):
+    columns = min(len(tables), PANELS_A_ROW)
+    rows = -(-len(tables) // columns)  # of each setting
+    figure, axes = panels(rows * len(settings), columns)
+    for part, setting in zip(axes.reshape(len(settings), -1), settings, strict=True):
+        for ax in part[len(tables) :]:
+            ax.set_visible(False)
+        for ax, (name, table) in zip(part, tables.items(), strict=False):
             title, unit = quantities[name]
             for index, arm in enumerate(arms):
-                _band(ax, table[(table["setting"] == setting) & (table["arm"] == arm)], "layer", "value", index)
+                of_arm = table[(table["setting"] == setting) & (table["arm"] == arm)]
+                _band(ax, of_arm, "layer", "value", index, len(arms) <= MANY_ARMS)
             ax.set_title(f"{title}\n{setting}" if setting else title, fontsize=10)
             ax.set_xlabel(LAYER_AXIS)
             ax.set_ylabel(unit)
@@ -175,13 +193,15 @@ def _by_layer(
     return figure
 
 
-def _band(ax: Axes, table: pd.DataFrame, by: str, quantity: str, index: int) -> None:
-    """One arm's mean over the seeds, with its interval."""
+def _band(ax: Axes, table: pd.DataFrame, by: str, quantity: str, index: int, with_interval: bool) -> None:
+    """One arm's mean over the seeds."""
     if quantity not in table or table.empty:
         return
     found = {at: summarise(rows.to_list()) for at, rows in table.dropna(subset=[quantity]).groupby(by)[quantity]}
-    style = line_style(index) | ({"marker": ""} if len(found) > 30 else {})
-    ax.plot(list(found), [summary.mean for summary in found.values()], **style)
+    style, apart = line_style(index), max(1, len(found) // 8)
+    ax.plot(list(found), [summary.mean for summary in found.values()], markevery=(index % apart, apart), **style)
+    if not with_interval:
+        return
     low, high = ([getattr(summary, end) for summary in found.values()] for end in ("low", "high"))
     ax.fill_between(list(found), low, high, color=style["color"], alpha=0.15, linewidth=0)
 

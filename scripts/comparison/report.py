@@ -2,6 +2,7 @@
 
 import html
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
@@ -13,6 +14,7 @@ import pandas as pd
 import build
 from oversmoothing.analysis.report import html_page, html_picture, html_table
 from scripts.comparison.figures import draw_all
+from scripts.comparison.flags import Flags, as_words
 from scripts.comparison.pairing import Pairing, compare_starts
 from scripts.comparison.results import HEADLINE, QUANTITIES, Quantity, Results, collect
 from scripts.comparison.statistics import Difference, Summary, differences, summarise
@@ -73,7 +75,12 @@ def write(study: Study, runs: list[Run], folder: Path, command: str) -> Path:
         "<h2>What is shared between paired runs</h2>",
         *(f"<p>{html.escape(text)}</p>" for text in describe_pairing(study, settings, pairings)),
         "<h2>How it was made</h2>",
-        html_table(["what", "value"], _about(study, results, command).items()),
+        "<dl>",
+        *(
+            f"<dt>{html.escape(name)}<dd>{html.escape(str(text))}"
+            for name, text in _about(study, results, command).items()
+        ),
+        "</dl>",
     ]
     path = folder / "report.html"
     path.write_text(html_page(study.title, page), encoding="utf-8")
@@ -134,7 +141,9 @@ def sentence(arm: str, baseline: str, found: Difference, quantity: Quantity) -> 
         return f"{change} at each of {found.paired.count} seeds: {verdict}."
     interval = f"95% interval {_signed(found.paired.low, quantity)} to {_signed(found.paired.high, quantity)}"
     test = f"p = {_p(found.p_corrected)} after Holm, {found.paired.count} seeds"
-    seen = f"a true difference of {_number(found.detectable, quantity)} would be seen with 80% power"
+    seen = f"a true difference of {_number(found.detectable, quantity)} {unit} would be seen with 80% power"
+    if quantity.unit == "%" and found.detectable > 100:
+        seen = "with so few seeds and so much spread, no difference at all would be seen with 80% power"
     verdict = "a difference was found" if found.found else f"no difference was found; {seen}"
     return f"{change} ({interval}; {test}): {verdict}."
 
@@ -202,7 +211,7 @@ def headline_table(
         row = [arm, str(summary.count), _with_interval(summary, quantity), _number(summary.sd, quantity)]
         if (difference := found.differences.get(arm)) is not None:
             row += [_with_interval(difference.paired, quantity, _signed), _p(difference.p_corrected)]
-            row += [_number(difference.detectable, quantity)]
+            row += ["> 100" if difference.detectable > 100 else _number(difference.detectable, quantity)]
         rows.append(row + [""] * (len(header) + 1 - len(row)))
     return [*header, "would be seen"], rows
 
@@ -234,7 +243,13 @@ def _tables(study: Study, compared: dict[tuple[str, str], Comparison], setting: 
     yield f"<h2>{html.escape(setting or 'Result')}</h2>"
     yield html_table(*headline_table(study, compared, setting))
     told = "".join(f"<li>{html.escape(text)}</li>" for text in sentences(study, compared, setting))
-    yield f"<ul>{told}</ul>" + html_table(*other_table(study, compared, setting))
+    header, rows = other_table(study, compared, setting)
+    yield f"<ul>{told}</ul>" + html_table(header, [[_unbroken(cell) for cell in row] for row in rows])
+
+
+def _unbroken(cell: str) -> str:
+    """A cell that breaks between the interval and p alone."""
+    return cell.replace(" ", "\N{NO-BREAK SPACE}").replace(",\N{NO-BREAK SPACE}p", ", p")
 
 
 def _about(study: Study, results: Results, command: str) -> dict[str, Any]:
@@ -243,10 +258,10 @@ def _about(study: Study, results: Results, command: str) -> dict[str, Any]:
         "command": command,
         "study": study.source,
         "seeds": ", ".join(map(str, study.seeds)),
-        "flags of all runs": study.flags,
-        **{f"arm {name}": flags for name, flags in study.arms.items()},
-        **{f"setting {name}": flags for name, flags in study.settings.items() if name},
-        **{f"before the arms: {name}": flags for name, flags in study.first.items()},
+        "flags of all runs": shlex.join(as_words(study.flags)),
+        **{f"arm {name}": _flags(flags) for name, flags in study.arms.items()},
+        **{f"setting {name}": _flags(flags) for name, flags in study.settings.items() if name},
+        **{f"before the arms: {name}": _flags(flags) for name, flags in study.first.items()},
         "processes of each run": study.processes,
         "time of all runs": str(timedelta(seconds=int(results.seconds))),
         "revision of the code": ", ".join(results.revisions),
@@ -257,6 +272,10 @@ def _about(study: Study, results: Results, command: str) -> dict[str, Any]:
     if results.missing:
         about["MISSING runs"] = ", ".join(results.missing)
     return about
+
+
+def _flags(flags: Flags) -> str:
+    return shlex.join(as_words(flags)) or "no flag of its own"
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> str:

@@ -20,6 +20,7 @@ from ..results import Result
 
 PALETTE = rc_params_from_file(Path(__file__).with_name("palette.mplstyle"), use_default_template=False)
 COLOURS, MARKERS = (tuple(PALETTE["axes.prop_cycle"].by_key()[key]) for key in ("color", "marker"))
+MARKERS += ("*", "<", "p", ">")  # so that lines of the same colour have different ones
 SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"
 LAYER_AXIS = "layer (block index)"
 
@@ -147,7 +148,7 @@ def patch_panels(result: Result, values: Mapping[int, Tensor], label: str) -> Fi
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the line with this number; 28 combinations differ."""
+    """Colour, marker and dashes of the line with this number; lines of one colour differ in both others."""
     # Dashes let the lines below show through: a remedy at lambda = 0 lies exactly on its plain model.
     line = ("-", "--", ":", "-.")[index % 4]
     return dict(
