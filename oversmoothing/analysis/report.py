@@ -20,7 +20,7 @@ figure {{ margin: 2em 0; }} figcaption {{ color: #555; }}
 table {{ border-collapse: collapse; font-size: 14px; }}
 th, td {{ padding: 2px 10px; text-align: right; border-bottom: 1px solid #ddd; }}
 th:first-child, td:first-child {{ text-align: left; }}
-dt {{ font-weight: 600; }} dd {{ margin: 0 0 0.5em 2em; }}
+.text th, .text td {{ text-align: left; }}
 .scroll {{ overflow-x: auto; }} summary {{ cursor: pointer; margin: 0.5em 0; }}
 </style></head><body>
 <h1>{title}</h1>
@@ -110,9 +110,11 @@ def render_report(
         parts += [f"<details><summary>{html.escape(r.label)}</summary>{layer_table(r)}</details>" for r in results]
         left_out = [[result.label, *row] for result in results for row in left_out_rows(result)]
         if left_out:
-            parts.append("<h2>Left out</h2>" + html_table(["model", "quantities", "blocks", "why"], left_out))
-        parts.append("<h2>Quantities</h2>" + html_table(["quantity", "what it is"], quantities_of(results).items()))
-    parts.append("<h2>Settings</h2>" + html_table(["setting", "value"], settings.items()))
+            parts.append("<h2>Left out</h2>" + html_table(["model", "quantities", "blocks", "why"], left_out, "text"))
+        parts.append(
+            "<h2>Quantities</h2>" + html_table(["quantity", "what it is"], quantities_of(results).items(), "text")
+        )
+    parts.append("<h2>Settings</h2>" + html_table(["setting", "value"], settings.items(), "text"))
     return html_page("Attention and over-smoothing, layer by layer", parts)
 
 
@@ -169,11 +171,11 @@ def layer_table(result: Result) -> str:
     return html_table(["block", *names], rows)
 
 
-def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table of texts and numbers, as wide as it needs to be."""
+def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "numbers") -> str:
+    """A table as wide as it needs to be: of ``numbers``, aligned to the right, or of ``text``."""
 
     def line(cells: Sequence[Any], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
 
     body = "\n".join(line(row, "td") for row in rows)
-    return f'<div class="scroll"><table>{line(header, "th")}\n{body}</table></div>'
+    return f'<div class="scroll"><table class="{kind}">{line(header, "th")}\n{body}</table></div>'

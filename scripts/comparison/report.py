@@ -75,12 +75,7 @@ def write(study: Study, runs: list[Run], folder: Path, command: str) -> Path:
         "<h2>What is shared between paired runs</h2>",
         *(f"<p>{html.escape(text)}</p>" for text in describe_pairing(study, settings, pairings)),
         "<h2>How it was made</h2>",
-        "<dl>",
-        *(
-            f"<dt>{html.escape(name)}<dd>{html.escape(str(text))}"
-            for name, text in _about(study, results, command).items()
-        ),
-        "</dl>",
+        html_table(["what", "value"], _about(study, results, command).items(), "text"),
     ]
     path = folder / "report.html"
     path.write_text(html_page(study.title, page), encoding="utf-8")
