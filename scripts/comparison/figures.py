@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from oversmoothing.analysis.figures import LAYER_AXIS, Picture, line_style, panels
+from oversmoothing.analysis.figures import Picture, layer_axis, line_style, panels
 from scripts.comparison.results import BEFORE_LAST, HEADLINE, QUANTITIES, Results
 from scripts.comparison.statistics import Difference, differences, summarise
 
@@ -180,14 +180,12 @@ def _by_layer(
             ax.set_visible(False)
         for ax, (name, table) in zip(part, tables.items(), strict=False):
             title, unit = quantities[name]
+            here = table[table["setting"] == setting]
             for index, arm in enumerate(arms):
-                of_arm = table[(table["setting"] == setting) & (table["arm"] == arm)]
-                _band(ax, of_arm, "layer", "value", index, len(arms) <= MANY_ARMS)
+                _band(ax, here[here["arm"] == arm], "layer", "value", index, len(arms) <= MANY_ARMS)
             ax.set_title(f"{title}\n{setting}" if setting else title, fontsize=10)
-            ax.set_xlabel(LAYER_AXIS)
             ax.set_ylabel(unit)
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-            ax.grid(alpha=0.3)
+            layer_axis(ax, 1 + int((table if here.empty else here)["layer"].max()))
     shown = pd.concat(tables.values())["arm"].unique()
     _legend(figure, [arm if arm in shown else "" for arm in arms])
     return figure
