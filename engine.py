@@ -125,13 +125,13 @@ def train_one_epoch(
     """
     trainer.model.train()
     trainer.optimizer.zero_grad(set_to_none=True)
-    loader = WatchedLoader(loader)
-    console = _Console(f"Epoch: [{epoch}]", loader, print_freq, trainer.device, start_step)
+    watched = WatchedLoader(loader)
+    console = _Console(f"Epoch: [{epoch}]", watched, print_freq, trainer.device, start_step)
     finite = _FiniteLossGuard(trainer.device)
     last = console.total - 1
 
     step = start_step
-    for step, (images, targets) in enumerate(loader, start=start_step):
+    for step, (images, targets) in enumerate(watched, start=start_step):
         seed_step(step)
         images = images.to(trainer.device, non_blocking=True)
         targets = targets.to(trainer.device, non_blocking=True)

@@ -4,7 +4,7 @@
 process. Here, with the same draws in the same order:
 
 - a crop is drawn before its file is decoded, and large JPEG files are decoded at the scale that the crop needs;
-- under repeated augmentation, which takes an image several times in a row, it is read and decoded once;
+- an image that repeated augmentation takes several times in a row is decoded once;
 - the crop is resized by torch's 8-bit kernel, five times as fast as Pillow and with the same antialiasing filter: of
   1,000 values about four differ, by one of 255 levels;
 - images travel to the device as bytes, in a quarter of the memory; ``DeviceTransform`` normalises them there (on a CPU
@@ -45,10 +45,11 @@ TORCH_FILTERS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 
 
 class LastImage:
-    """Opens and decodes image files, and keeps the last one's pixels: the same file again costs nothing.
+    """Opens and decodes image files, and keeps the last one's pixels for the case that the same file comes again.
 
-    Repeated augmentation deals three copies of an image out to the processes in turn. So one process gets them in a
-    row, two get two of them every other time; from three processes on there is nothing to keep.
+    Repeated augmentation deals the copies of an image out to the processes in turn: one process gets all three in a
+    row, two processes two of them every other time, more processes none. With remote shards one process always gets
+    all three.
     """
 
     def __init__(self) -> None:
@@ -93,7 +94,8 @@ class RandomResizedCropOfFile(RandomResizedCropAndInterpolation):
         interpolation = random.choice(self.interpolation) if several else self.interpolation
         reduction = self._reduction(width, height)
         box = (left, top, left + width, top + height)
-        # Keep no file of which another crop would be decoded at a reduced scale: it has to be, whatever came before.
+        # A file so large that some of its crops are decoded at a reduced scale is not kept: what came before would
+        # decide which of its pixels a crop gets.
         decode_whole = self.last if self._reduction(*image.size) < 2 else decode
         if reduction >= 2 and (scale := _reduce(image, reduction)) < 1:
             # The crop's border lies within reduced pixels; only Pillow's resize takes such a box.

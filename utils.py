@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 _logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -424,7 +425,7 @@ class WatchedLoader:
     A GPU may work on queued kernels meanwhile, so the sum is an upper bound of the time that loading costs.
     """
 
-    def __init__(self, loader: Collection) -> None:
+    def __init__(self, loader: DataLoader) -> None:
         self.loader = loader
         self.waited = 0.0
 

@@ -139,7 +139,7 @@ def data_table(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the loaders (``loader``, ``images_per_core_s``, ``ratio``) and of their stages (``stage``, ``ms``).
 
     Args:
-        args: Reads ``quick``; where present also ``data_path``, ``size``, ``images`` (a round), ``rounds`` and
+        args: Reads ``quick``; where present also ``data_path``, ``size``, ``images`` (a round), ``rounds``,
             ``batch_size`` and ``repeated_aug``.
     """
     torch.set_num_threads(1)
@@ -299,6 +299,7 @@ def main() -> None:
     parser.add_argument(
         "--repeated-aug",
         type=int,
+        choices=range(1, 1025),
         metavar="PROCESSES",
         help="in the order of repeated augmentation, as the first of so many processes gets it; default: off",
     )

@@ -84,7 +84,7 @@ def test_many_arms_stay_apart_and_leave_out_what_would_hide_them(tmp_path: Path)
         accuracy = draw_curves(results, arms, [""]).axes[0]
         assert len(accuracy.lines) == len(arms) and len(accuracy.collections) == bands
         assert accuracy.get_ylim()[1] <= 100
-        assert ("So many arms" in explain_bands(arms)) == (bands == 0)
+        assert ("so many arms" in explain_bands(arms)) == (bands == 0)
     layers = results.layers.to_dict("records")
     for number in range(6):
         layers += [row | {"quantity": f"lamb_{number}"} for row in layers if row["quantity"] == "hc_dc_mlp"]

@@ -232,6 +232,13 @@ def test_talking_heads_gradients_equal_finite_differences(function: Callable[...
     assert torch.autograd.gradcheck(function, random_talking_heads(torch.float64, tokens=4))
 
 
+def test_talking_heads_take_an_empty_batch() -> None:
+    qkv, *others = random_talking_heads(torch.float32)
+    empty = qkv.detach()[:, :0].requires_grad_()
+    talking_heads.talking_heads(empty, *others).sum().backward()
+    assert empty.grad.shape == empty.shape and all((tensor.grad == 0).all() for tensor in others[1:])
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_talking_heads_keep_no_map_for_backward(compiled: bool) -> None:
     attn, x, shapes = AttnScaleTalkingHeadAttn(DIM, HEADS), torch.randn(2, 50, DIM), []

@@ -6,7 +6,8 @@ is one small matrix on [B, H, N * N], and the maps live in a scratch buffer, for
 at a time: forward keeps only its input, backward recomputes the maps.
 
 For ``torch.compile`` and ``torch.export`` it is a custom operator, ``torch.ops.oversmoothing.talking_heads``, which
-they keep as one call. Eager code does without the operator's dispatch, most of which runs in Python.
+they keep as one call. Eager code does without the operator's dispatch, most of which runs in Python; so other tracers,
+such as ``make_fx``, see the operators that it is made of.
 """
 
 import math
@@ -138,6 +139,8 @@ def _gradients(
     dy: Tensor, qkv: Tensor, scale: float, w_l: Tensor, w_w: Tensor, b_w: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``qkv``, ``w_l``, ``w_w`` and ``b_w``, each in its dtype; ``dy`` is the gradient of the output."""
+    if qkv.numel() == 0:  # an empty batch
+        return torch.zeros_like(qkv), torch.zeros_like(w_l), torch.zeros_like(w_w), torch.zeros_like(b_w)
     dy = dy.transpose(1, 2)
     dqkv = torch.empty_like(qkv)
     mix_l, mix_w = w_l.to(qkv.dtype), w_w.to(qkv.dtype)

@@ -55,7 +55,8 @@ def draw_all(results: Results, arms: Sequence[str], settings: Sequence[str], bas
         )
         pictures.append(Picture("depth.png", "Over-smoothing by depth", caption, figure))
     if figure := draw_parameters(results, arms, settings):
-        caption = f"Means over heads or channels. Remedies start as the identity: summands at 0, factors at 1. {bands}"
+        start = "A remedy that starts as the identity has summands at 0 and factors at 1."
+        caption = f"Means over heads or channels. {start} {bands}"
         pictures.append(Picture("parameters.png", "Learnt λ by layer", caption, figure))
     return pictures
 
@@ -63,7 +64,7 @@ def draw_all(results: Results, arms: Sequence[str], settings: Sequence[str], bas
 def explain_bands(arms: Sequence[str]) -> str:
     """What lines and bands are."""
     if len(arms) > MANY_ARMS:
-        return "Lines: means over the seeds. So many arms would hide each other's intervals: see the tables."
+        return "Lines: means over the seeds; intervals of so many arms hide each other (the CSV files have every seed)."
     return "Lines: means over the seeds; bands: 95% intervals of the mean (Student's t); none where there is one seed."
 
 

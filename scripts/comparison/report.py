@@ -243,7 +243,7 @@ def _tables(study: Study, compared: dict[tuple[str, str], Comparison], setting: 
 
 
 def _unbroken(cell: str) -> str:
-    """A cell that breaks between the interval and p alone."""
+    """A cell that may break only between the interval and p."""
     return cell.replace(" ", "\N{NO-BREAK SPACE}").replace(",\N{NO-BREAK SPACE}p", ", p")
 
 

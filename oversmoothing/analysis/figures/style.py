@@ -148,7 +148,7 @@ def patch_panels(result: Result, values: Mapping[int, Tensor], label: str) -> Fi
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the line with this number; lines of one colour differ in both others."""
+    """Colour, marker and dashes of the line with this number. Up to 28, lines of one colour differ in both others."""
     # Dashes let the lines below show through: a remedy at lambda = 0 lies exactly on its plain model.
     line = ("-", "--", ":", "-.")[index % 4]
     return dict(
