@@ -26,7 +26,7 @@ from epochlog import OTHER_LINES, EpochLog
 from oversmoothing.analysis import probe
 from oversmoothing.analysis.cost import count_macs
 from utils import SetupError
-from writers import ID_FILE, TensorBoardWriter, Writer
+from writers import ID_FILE, Description, TensorBoardWriter, Writer
 
 _logger = logging.getLogger(__name__)
 
@@ -315,9 +315,10 @@ class Recorder:
             samples: From :func:`sample_sheet`.
         """
         metrics = (f"accuracy/best_{self.chosen_by}", "accuracy/test_acc1", "loss/test_loss")
+        description = Description(page, charts, hyper_parameters, metrics, samples)
         with checkpoints.explain_write_errors(self.folder):
             for writer in self.writers:
-                writer.describe(page, charts, hyper_parameters, metrics, samples)
+                writer.describe(description)
 
     def finish(self) -> None:
         """Marks the run as finished in the writers; the run may still be continued later."""

@@ -7,6 +7,7 @@ import os
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,31 @@ from utils import SetupError
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Description:
+    """What stays the same during a run.
+
+    Attributes:
+        page: Markdown about the run.
+        charts: Layout of TensorBoard's page of custom scalars.
+        hyper_parameters: The run's hyper-parameters, by name.
+        metrics: The scalars that a table of runs shows beside the hyper-parameters.
+        samples: Picture of shape (H, W, 3), uint8.
+    """
+
+    page: str
+    charts: dict
+    hyper_parameters: dict[str, float | str]
+    metrics: Sequence[str]
+    samples: np.ndarray
+
+
 class Writer(ABC):
     """One place that shows a run; rank 0 alone has it."""
 
     @abstractmethod
-    def describe(
-        self,
-        page: str,
-        charts: dict,
-        hyper_parameters: dict[str, float | str],
-        metrics: Sequence[str],
-        samples: np.ndarray,
-    ) -> None:
-        """Writes what stays the same, once a run.
-
-        Args:
-            page: Markdown about the run.
-            charts: Layout of TensorBoard's page of custom scalars.
-            hyper_parameters: The run's hyper-parameters, by name.
-            metrics: The scalars that a table of runs shows beside the hyper-parameters.
-            samples: Picture of shape (H, W, 3), uint8.
-        """
+    def describe(self, about: Description) -> None:
+        """Writes what stays the same, once a run."""
 
     @abstractmethod
     def write(self, epoch: int, scalars: Mapping[str, float], histograms: Mapping[str, Tensor]) -> None:
@@ -62,23 +67,17 @@ class TensorBoardWriter(Writer):
     def __init__(self, folder: Path, start_epoch: int) -> None:
         self.writer = SummaryWriter(str(folder), purge_step=start_epoch)
 
-    def describe(
-        self,
-        page: str,
-        charts: dict,
-        hyper_parameters: dict[str, float | str],
-        metrics: Sequence[str],
-        samples: np.ndarray,
-    ) -> None:
+    def describe(self, about: Description) -> None:
         """Text, charts, samples and the run's row of hyper-parameters.
 
         ``SummaryWriter.add_hparams`` would make a second run, in a folder of its own. Here the row belongs to the run
         itself and is there from the first epoch on; its accuracies are the last values of their curves.
         """
-        self.writer.add_text("run", page, 0)
-        self.writer.add_custom_scalars(charts)
-        self.writer.add_image("training_samples", samples, 0, dataformats="HWC")
-        for summary in hparams(hyper_parameters, dict.fromkeys(metrics))[:2]:  # the third says that the run has ended
+        self.writer.add_text("run", about.page, 0)
+        self.writer.add_custom_scalars(about.charts)
+        self.writer.add_image("training_samples", about.samples, 0, dataformats="HWC")
+        summaries = hparams(about.hyper_parameters, dict.fromkeys(about.metrics))
+        for summary in summaries[:2]:  # the third says that the run has ended
             self.writer.file_writer.add_summary(summary)
         self.writer.flush()
 
@@ -175,19 +174,12 @@ class WandbWriter(Writer):
         finally:
             _logger.warning(f"--log-wandb: no connection to W&B ({_first_line(reason)}): this attempt is {kept}")
 
-    def describe(
-        self,
-        page: str,
-        charts: dict,
-        hyper_parameters: dict[str, float | str],
-        metrics: Sequence[str],
-        samples: np.ndarray,
-    ) -> None:
+    def describe(self, about: Description) -> None:
         """Notes and samples; W&B arranges its charts by their groups, and has the configuration already."""
 
         def send() -> None:
-            self.run.notes = page
-            self.run.log({"training_samples": self.wandb.Image(samples), "epoch": 0})
+            self.run.notes = about.page
+            self.run.log({"training_samples": self.wandb.Image(about.samples), "epoch": 0})
 
         self._try(send)
 

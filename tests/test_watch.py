@@ -160,6 +160,7 @@ def test_a_server_that_cannot_be_reached_costs_no_run(
         writer = writers.WandbWriter(tmp_path, project=None, tags=[], resume_id="mine", config={}, wait_s=1)
     writer.write(0, {"loss/test_loss": 0.5}, {})
     writer.finish()
+    writer.wandb.teardown()  # as at the end of a process: finish() may return before the last line is on the disk
     assert "no connection to W&B" in caplog.text and (tmp_path / "wandb-id.txt").read_text() == "mine\n"
     file = next(path for path in wandb_files(tmp_path) if path.parent.name.startswith("offline-run"))
     assert run_of(file).run_id == "mine"
