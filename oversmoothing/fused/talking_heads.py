@@ -11,13 +11,14 @@ such as ``make_fx``, see the operators that it is made of.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from timm.layers import use_fused_attn
 from timm.models.cait import TalkingHeadAttn
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .folding import Foldable, Gains, can_fold, recorded
 
@@ -181,6 +182,17 @@ def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(qkv, w_l, b_l, w_w, b_w)
 
 
+def _backward(gradients: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward of a node of autograd, by ``_gradients`` or by the operator that calls it."""
+
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, w_l, b_l, w_w, b_w = ctx.saved_tensors
+        dqkv, dw_l, dw_w, db_w = gradients(dy, qkv, ctx.scale, w_l, w_w, b_w)
+        return dqkv, None, dw_l, torch.zeros_like(b_l), dw_w, db_w
+
+    return backward
+
+
 class _Eager(torch.autograd.Function):
     """The function in eager code, in one node of autograd."""
 
@@ -189,12 +201,7 @@ class _Eager(torch.autograd.Function):
         _setup_context(ctx, inputs, None)
         return _output(*inputs)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, w_l, b_l, w_w, b_w = ctx.saved_tensors
-        dqkv, dw_l, dw_w, db_w = _gradients(dy, qkv, ctx.scale, w_l, w_w, b_w)
-        return dqkv, None, dw_l, torch.zeros_like(b_l), dw_w, db_w
+    backward = staticmethod(once_differentiable(_backward(_gradients)))
 
 
 # ---- the same as an operator of torch --------------------------------------------------------------------------------
@@ -208,13 +215,7 @@ def _(dy, qkv, scale, w_l, w_w, b_w):
     return torch.empty_like(qkv), torch.empty_like(w_l), torch.empty_like(w_w), torch.empty_like(b_w)
 
 
-def _operator_backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    qkv, w_l, b_l, w_w, b_w = ctx.saved_tensors
-    dqkv, dw_l, dw_w, db_w = _backward_operator(dy, qkv, ctx.scale, w_l, w_w, b_w)
-    return dqkv, None, dw_l, torch.zeros_like(b_l), dw_w, db_w
-
-
-operator.register_autograd(_operator_backward, setup_context=_setup_context)
+operator.register_autograd(_backward(_backward_operator), setup_context=_setup_context)
 
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 _AUTOCAST = _AUTOCAST | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)

@@ -1,6 +1,5 @@
 """The figures of a comparison: differences, curves and depth, each with its 95% interval over the seeds."""
 
-import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -136,16 +135,14 @@ def draw_settings(results: Results, arms: Sequence[str], settings: Sequence[str]
 def draw_curves(results: Results, arms: Sequence[str], settings: Sequence[str]) -> Figure:
     """Accuracy and losses by epoch; one row a setting."""
     names = {"test_acc1": "top-1 accuracy (%)", "test_loss": "test loss (nats)", "train_loss": "training loss (nats)"}
-    bounds = {"test_acc1": (0, 100)}
     figure, axes = panels(len(settings), len(names))
     for row, setting in zip(axes, settings, strict=True):
         table = results.epochs[results.epochs["setting"] == setting]
         for ax, (name, label) in zip(row, names.items(), strict=True):
             for index, arm in enumerate(arms):
                 _band(ax, table[table["arm"] == arm], "epoch", name, index, len(arms) <= MANY_ARMS)
-            least, largest = bounds.get(name, (0, math.inf))  # Student's intervals do not know them
-            low, high = ax.get_ylim()
-            ax.set_ylim(max(low, least), min(high, largest))
+            low, high = ax.get_ylim()  # Student's intervals do not know what values there can be
+            ax.set_ylim(max(low, 0), min(high, 100) if name == "test_acc1" else high)
             ax.set_xlabel("epoch")
             ax.set_ylabel(label)
             ax.set_title(setting, fontsize=10)
