@@ -153,8 +153,7 @@ def write(
         CheckpointError: It could not be written (disk full, read-only folder); what was there is untouched.
     """
     path = Path(path)
-    for abandoned in path.parent.glob("*checkpoint*.pth.????????.tmp"):
-        _discard(abandoned)  # of a save that was killed
+    discard_abandoned(path.parent)
     temporary, old = _temporary_name(path), _temporary_name(path)
     try:
         with open(temporary, "x+b") as file:
@@ -187,6 +186,12 @@ def write(
     finally:
         _discard(temporary)
         _discard(old)
+
+
+def discard_abandoned(folder: Path) -> None:
+    """Removes the temporary files of saves that were killed."""
+    for file in folder.glob("*checkpoint*.pth.????????.tmp"):
+        _discard(file)
 
 
 def _append_digest(file: BinaryIO) -> None:

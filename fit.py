@@ -53,6 +53,8 @@ def fit(
     _logger.info(optim.describe_plan(args, plan, world.world_size))
     if args.layer_decay is not None:
         _logger.info(optim.describe_layer_decay(trainer.optimizer))
+    if args.output_dir and world.is_main:
+        checkpoints.discard_abandoned(Path(args.output_dir))  # a run killed within its last save saves nothing more
     if start.epoch >= args.epochs:
         _logger.info(
             f"nothing left to train: {start.source} has finished epoch {start.epoch - 1} of --epochs {args.epochs}"

@@ -272,7 +272,10 @@ def test_auto_reload_continues_and_wins_over_resume(data: Path, tmp_path: Path) 
     assert [line["epoch"] for line in EpochLog.read(tmp_path / "run" / "log.txt")] == [0, 1]
 
     before = checkpoint.read_bytes()
+    abandoned = tmp_path / "run" / "checkpoint.pth.0123abcd.tmp"  # of a last save that was killed
+    abandoned.write_bytes(before)
     assert "nothing left to train" in call_main(*words, "--epochs", "2").stdout
+    assert not abandoned.exists()
     assert before == checkpoint.read_bytes()
 
 
