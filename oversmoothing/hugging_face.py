@@ -37,7 +37,9 @@ def from_pretrained(model_class: type[nn.Module], *args: Any, **kwargs: Any) -> 
             )
         add_remedy(model, dict(config.remedies))
 
-    converted = type(model_class.__name__, (model_class,), {"__init__": with_remedies, "__module__": __name__})
+    # transformers renames old files' weights for its own classes only, which it knows by their module.
+    names = {"__init__": with_remedies, "__module__": model_class.__module__}
+    converted = type(model_class.__name__, (model_class,), names)
     model, account = converted.from_pretrained(*args, **kwargs | {"output_loading_info": True})
     wrong = {what: sorted(account[what]) for what in ("missing_keys", "unexpected_keys") if account[what]}
     if wrong:

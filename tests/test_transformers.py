@@ -61,6 +61,14 @@ def test_saved_and_loaded_with_its_remedies(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
+def test_a_model_without_a_head_is_saved_and_loaded(tmp_path: Path) -> None:
+    """transformers writes ViTModel's weights under their old names, and renames them again for its own classes only."""
+    model = perturbed(add_remedy(build_transformers("hf_vit").vit, "attnscale"))
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(type(model), tmp_path, add_pooling_layer=False)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
 def test_loading_accounts_for_every_weight(tmp_path: Path) -> None:
     plain = build_transformers("hf_vit")
     plain.save_pretrained(tmp_path / "plain")
