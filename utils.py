@@ -143,6 +143,11 @@ def loader_processes(num_workers: int) -> int:
     return cores_of_process() if num_workers == -1 else num_workers
 
 
+# An error's traceback holds DDP. In torch 2.11, freeing DDP may wait, with Python's lock, for a thread of gloo that
+# waits for this lock. The process is about to end without freeing anything (`entry.run`), so the error is kept.
+_unfreed: list[BaseException] = []
+
+
 @contextmanager
 def process_group(device: str = "auto", dist_url: str = "env://", timeout_s: int = 600) -> Iterator[World]:
     """Joins the process group of :func:`this_process`, and leaves it at the end. NCCL on CUDA, gloo on CPU.
@@ -162,8 +167,10 @@ def process_group(device: str = "auto", dist_url: str = "env://", timeout_s: int
         _join(world, dist_url, timeout_s)
     try:
         yield world
-    except Exception as error:
-        if dist.is_initialized() and dist.get_backend() == "nccl":
+    except BaseException as error:
+        if world.distributed:
+            _unfreed.append(error)
+        if isinstance(error, Exception) and dist.is_initialized() and dist.get_backend() == "nccl":
             # Destroying NCCL's group waits for its collectives, and so for a process that may be dead. The error is
             # reported first: NCCL's watchdog may end this process at any time.
             first_line = str(error).partition("\n")[0]
@@ -449,15 +456,16 @@ class Meters:
     """Weighted means over an epoch, summed on the device in float64; only reading them waits for the device."""
 
     def __init__(self, device: torch.device, sums: dict[str, list[float]] | None = None) -> None:
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._new = lambda values: torch.tensor(values, dtype=dtype, device=device)
-        self.sums = {name: self._new(value) for name, value in (sums or {}).items()}
+        self._kind = dict(dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        self.sums = {name: torch.tensor(value, **self._kind) for name, value in (sums or {}).items()}
         self._last = dict.fromkeys(self.sums, (0.0, 0.0))
 
     def update(self, n: int, **values: Tensor | float) -> None:
         """Adds ``n`` samples whose mean is ``value`` to each named meter."""
         for name, value in values.items():
-            total = self.sums.setdefault(name, self._new([0.0, 0.0]))
+            if name not in self.sums:
+                self.sums[name] = torch.zeros(2, **self._kind)  # torch.tensor would wait for the device
+            total = self.sums[name]
             total[0] += value * n
             total[1] += n
 

@@ -289,6 +289,16 @@ def test_meters_weigh_by_samples() -> None:
     assert meters.means() == {"loss": 2.5, "lr": 0.5}
 
 
+def test_updates_of_meters_copy_no_numbers_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU such a copy waits for the device."""
+    meters = Meters(CPU)
+    monkeypatch.setattr(torch, "tensor", None)
+    meters.update(1, loss=1.0)
+    meters.update(1, loss=3.0)
+    monkeypatch.undo()
+    assert meters.means() == {"loss": 2.0}
+
+
 def test_meters_state_restores_the_exact_sums() -> None:
     """Stopped after any update and restored, the means have the same bits: the sums travel, not the means."""
     values = [torch.rand(1, generator=torch.Generator().manual_seed(i)).squeeze() / 3 for i in range(20)]
