@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .folding import recorded
+from .folding import autocast_dtype, recorded
 
 
 def can_mix(x: Tensor, tau: float) -> bool:
@@ -19,9 +19,7 @@ def can_mix(x: Tensor, tau: float) -> bool:
 
     It can in eager mode, in float32 or float64 without autocast, if N <= C and ``exp(1 / tau)`` is far from overflow.
     """
-    device = x.device.type  # the meta device has no autocast: asking whether it is enabled raises
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    full = x.dtype in (torch.float32, torch.float64) and not autocast
+    full = x.dtype in (torch.float32, torch.float64) and autocast_dtype(x) is None
     return full and x.shape[1] <= x.shape[2] and tau >= 0.02 and not (recorded(x) or torch.compiler.is_compiling())
 
 

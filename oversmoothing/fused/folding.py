@@ -64,6 +64,14 @@ def recorded(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Autocast's precision on the device of ``x``; None where autocast is off."""
+    device = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device):  # the meta device has no autocast: asking raises
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def can_fold(attn: nn.Module) -> bool:
     """Whether fast paths are on and ``attn.proj`` is a bare linear: not wrapped (LoRA), parametrised or hooked."""
     proj = attn.proj
@@ -231,10 +239,7 @@ def share_folds(foldables: Iterable[tuple[Hashable, Foldable]], x: Tensor) -> It
         if parameters and _PLAIN.issuperset(map(type, (weight, bias, *parameters))):
             # The weight's shape and the settings decide the other shapes.
             alike[gains, settings, num_heads, bias is None, weight.shape, weight.dtype][key] = foldable
-    device = x.device.type
-    # The meta device has no autocast: asking whether it is enabled raises.
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else None
+    dtype = autocast_dtype(x) if x.dtype != torch.float64 else None
     shared = {}
     for (gains, settings, num_heads, no_bias, *_), group in alike.items():
         _, _, weights, biases, parameters, _ = zip(*group.values(), strict=True)
