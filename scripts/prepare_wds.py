@@ -42,7 +42,6 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import DatasetFolder
 from tqdm import tqdm
-from webdataset import TarWriter
 
 import datasets
 from readers import archives, shards
@@ -123,6 +122,8 @@ def write_shard(path: Path, dataset: DatasetFolder, indices: list[int], max_side
     """Writes one shard under its final name, complete; see :func:`shrink` for ``max_side``."""
     partial = path.with_suffix(".part")
     with open(partial, "wb") as file:
+        from webdataset import TarWriter  # here: benchmarks, which make other sets, run without the package
+
         with TarWriter(file, encoder=False, mtime=0) as writer:
             for index in indices:
                 source, label = dataset.samples[index]
