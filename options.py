@@ -428,8 +428,8 @@ def _data(parser: argparse.ArgumentParser) -> None:
         default="IMNET100",
         type=str,
         choices=["CIFAR", "IMNET", "IMNET100", "IMNET-V2", "INAT", "INAT19", "CIFAR10", "FMNIST", "FOLDER", "wds"],
-        help="kind of data set; CIFAR is CIFAR-100, FOLDER any tree of images with one folder a class, IMNET-V2 a "
-        "folder of 0/ to 999/ to evaluate on (docs/evaluate.md), wds WebDataset "
+        help="kind of data set; IMNET100 is 100 of ImageNet's classes, CIFAR is CIFAR-100, FOLDER any tree of images "
+        "with one folder a class, IMNET-V2 a folder of 0/ to 999/ to evaluate on (docs/evaluate.md), wds WebDataset "
         "shards (scripts/prepare_wds.py): local ones give the same run as the tree they were made from, bit for bit; "
         "remote ones are as reproducible, but have an order of their own, and the three views of --repeated-aug stay "
         "on one process (docs/data.md)",
@@ -471,7 +471,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         default=True,
         help="decode only what a crop needs, resize with torch, normalise and erase on the device (the default): the "
-        "plain loader's draws and distribution, 1.5 times its images/s (docs/performance.md)",
+        "plain loader's draws and distribution, 1.4 to 1.8 times its images/s (docs/performance.md)",
     )
     group.add(
         "--no-fast-loader",
@@ -630,7 +630,7 @@ def _without_effect(parser: argparse.ArgumentParser) -> None:
     """Flags of the paper's code that old scripts may pass."""
     group = _Group(parser, "without effect", "Accepted, so that scripts written for DeiT's main.py run as they are.")
     group.add("--world_size", default=1, type=int, metavar="N", help="the launcher's value is used")
-    group.add("--dist-eval", action="store_true", help="evaluation is always shared among the processes, exactly")
+    group.add("--dist-eval", action="store_true", help="evaluation is shared unless --no-dist-eval is given")
     group.add("--cooldown-epochs", type=int, default=10, metavar="N", help="--epochs is the whole length of a run")
     group.add("--patience-epochs", type=int, default=10, metavar="N", help="of the plateau schedule, which is refused")
     group.add("--resplit", action="store_true", help="of augmentation splits, which this recipe does not have")

@@ -2,7 +2,7 @@
 
     python scripts/compare.py scripts/reproduce/studies/digits_depth24.toml
     python scripts/compare.py --arm "plain=--model deit_small_12" --arm "attnscale=--model attnscale_small_12" \\
-        --seeds 5 --output_dir logs/compare/small --data-set FOLDER --data-path data/digits --epochs 20
+        --seeds 5 --output_dir logs/compare/photos --data-set FOLDER --data-path photos --epochs 20
 
 A study is a TOML file (docs/compare.md), or arms on the command line; flags that are not in this script's --help are
 main.py's, for all runs. The same command continues a study that was stopped, and nothing is run twice.

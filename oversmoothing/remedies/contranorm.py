@@ -54,7 +54,7 @@ class ContraNorm(NormRemedy):
         if isinstance(model, naflexvit.NaFlexVit):
             return "its batches hold padding, which would take part in the norm"
         if any(isinstance(layer.block, POST_NORM) for layer in layers):
-            return "its norms stand behind the branches"
+            return "its norms follow the branches"
         if not all(layer.kind.channels_last and len(self.norms(model, layer, is_last=False)) == 2 for layer in layers):
             return "its blocks have no pair of norms over tokens with channels last"
         return None

@@ -26,7 +26,7 @@ READING = (
     "paired by seed: the run of the arm minus the run of the baseline with the same seed. Its interval holds the "
     "true differences that agree with these runs; it is not corrected for the number of arms. p is that of the "
     "paired t test, corrected by Holm over the arms within a setting and a quantity, not over settings or "
-    "quantities. 'Would be seen' is the true difference that this test finds with 80% power, given the standard "
+    "quantities. 'Detectable' is the true difference that this test finds with 80% power, given the standard "
     "deviation of these differences."
 )
 
@@ -208,7 +208,7 @@ def headline_table(
             row += [_with_interval(difference.paired, quantity, _signed), _p(difference.p_corrected)]
             row += ["> 100" if difference.detectable > 100 else _number(difference.detectable, quantity)]
         rows.append(row + [""] * (len(header) + 1 - len(row)))
-    return [*header, "would be seen"], rows
+    return [*header, "detectable"], rows
 
 
 def other_table(
