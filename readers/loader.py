@@ -7,6 +7,7 @@ copies the locks that other threads hold at that moment, and the ends of their p
 the writers of logs and the threads that fetch shards.
 """
 
+import atexit
 import errno
 import os
 import pickle
@@ -15,6 +16,7 @@ import resource
 import signal
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -173,9 +175,19 @@ def start_workers(loader: DataLoader) -> None:
     _allow_open_files(OTHER_FILES + FILES_OF_A_WORKER * (running + loader.num_workers), loader.num_workers)
     loader.sampler.paused = True
     try:
-        _workers[loader] = iter(loader)._workers  # the loader keeps the iterator: its workers are persistent
+        iterator = iter(loader)  # the loader keeps it: its workers are persistent
     finally:
         loader.sampler.paused = False
+    _workers[loader] = iterator._workers
+    if iterator._pin_memory:
+        # If the loader is alive when the process ends (an error's traceback may hold it), torch 2.11 waits five seconds
+        # for each worker before it tells it to end. What was registered last is called first.
+        atexit.register(_shut_down, weakref.WeakMethod(iterator._shutdown_workers))
+
+
+def _shut_down(workers: weakref.WeakMethod) -> None:
+    if (shut_down := workers()) is not None:
+        shut_down()
 
 
 def _allow_open_files(number: int, workers: int) -> None:
@@ -248,15 +260,16 @@ def _advice(error: Exception) -> str | None:
     if getattr(error, "errno", None) == errno.EMFILE or "Too many open files" in text:
         return "too many files are open: raise the limit (ulimit -n 4096), or lower --num_workers"
     of_worker = "DataLoader worker" in text
+    handed_over = not isinstance(error, RuntimeError) or "Pin memory thread" in text  # which reads from the workers
     full = any(sign in text for sign in ("Bus error", "shared memory", "shm", "No space left on device"))
-    if (of_worker and full) or (not isinstance(error, RuntimeError) and _died() == signal.SIGBUS):
+    if (of_worker and full) or (handed_over and _died() == signal.SIGBUS):
         return (
             "shared memory (/dev/shm) is full: make it bigger (docker run --shm-size=16g), or lower --num_workers "
             "(0 needs none)"
         )
     if of_worker and ("killed by" in text or "exited unexp" in text):
         return "a worker process was killed, often because memory ran out: lower --num_workers"
-    if not isinstance(error, RuntimeError) and _died():
+    if handed_over and _died():
         return "a worker process was killed during a hand-over, often because memory ran out: lower --num_workers"
     return None
 

@@ -702,7 +702,11 @@ def test_dead_worker_is_explained(signal_number: int, advice: str) -> None:
         list(loader)
 
 
-@pytest.mark.parametrize("error", [EOFError(), FileNotFoundError(2, "gone"), ConnectionResetError()], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [EOFError(), FileNotFoundError(2, "gone"), ConnectionResetError(), RuntimeError("Pin memory thread exited")],
+    ids=repr,
+)
 def test_a_worker_that_dies_during_a_hand_over_is_explained(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the main process then meets is a closed pipe, or a socket that is not there any more."""
     worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
