@@ -32,12 +32,16 @@ class NonFiniteLossError(RuntimeError):
 class Ema(ModelEmaV3):
     """timm's EMA of the weights; it collects its tensors once, not from two state dicts at every step.
 
-    The values are timm's. ``model`` must stay the same: its tensors may move to another device, but not be replaced.
+    The values are timm's. ``model`` must stay the same. After a move to another device, call ``forget_tensors``.
     """
 
     def __init__(self, model: nn.Module, decay: float, device: torch.device | None = None) -> None:
         super().__init__(model, decay=decay, device=device)
         self._pairs: tuple[list[Tensor], ...] | None = None
+
+    def forget_tensors(self) -> None:
+        """Has the next update collect the tensors anew."""
+        self._pairs = None
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int | None = None) -> None:

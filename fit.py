@@ -332,6 +332,8 @@ def evaluate_with_ema(
             )
         finally:
             network.to(home)
+            if prefix:
+                ema.forget_tensors()  # a move replaces buffers
         of = "EMA" if prefix else "network"
         _logger.info(f"Accuracy of the {of} on the {len(loader.dataset)} {images} images: {result['acc1']:.3f}%")
         if "real_acc1" in result:

@@ -159,6 +159,26 @@ def test_an_ema_in_host_memory_returns_there_after_its_evaluation(monkeypatch: p
     assert moves == ["cuda:0", "cpu"]
 
 
+def test_an_ema_goes_on_after_an_evaluation_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A move to another device and back replaces buffers; here, a change of precision and back."""
+
+    def evaluate(model: nn.Module, *args: object, **kwargs: object) -> dict[str, float]:
+        model.double().float()
+        return {"acc1": 0.0}
+
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    ema = engine.Ema(model, 0.5)
+    ema.update(model)
+    args = argparse.Namespace(print_freq=1, shard_eval=True)
+    fit.evaluate_with_ema(
+        args, nn.Linear(3, 2), ema, DataLoader([0]), World(0, 0, 1, CPU), torch.float32
+    )
+    model(torch.randn(5, 3))
+    ema.update(model)
+    assert torch.allclose(ema.module[1].running_mean, model[1].running_mean / 2)
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 def test_accumulated_batches_give_the_gradient_of_one_large_batch() -> None:
     model = timm.create_model("attnfeatscale_tiny_12", **TINY)
