@@ -17,9 +17,10 @@ from .folding import autocast_dtype, recorded
 def can_mix(x: Tensor, tau: float) -> bool:
     """Whether :class:`ContraMixing` can compute tokens (B, N, C).
 
-    It can in eager mode, in float32 or float64 without autocast, if N <= C and ``exp(1 / tau)`` is far from overflow.
+    It can on a CPU (elsewhere a loop over the images would be launches of small kernels), in eager mode, in float32 or
+    float64 without autocast, if N <= C and ``exp(1 / tau)`` is far from overflow.
     """
-    full = x.dtype in (torch.float32, torch.float64) and autocast_dtype(x) is None
+    full = x.is_cpu and x.dtype in (torch.float32, torch.float64) and autocast_dtype(x) is None
     return full and x.shape[1] <= x.shape[2] and tau >= 0.02 and not (recorded(x) or torch.compiler.is_compiling())
 
 
