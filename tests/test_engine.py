@@ -171,9 +171,7 @@ def test_an_ema_goes_on_after_an_evaluation_elsewhere(monkeypatch: pytest.Monkey
     ema = engine.Ema(model, 0.5)
     ema.update(model)
     args = argparse.Namespace(print_freq=1, shard_eval=True)
-    fit.evaluate_with_ema(
-        args, nn.Linear(3, 2), ema, DataLoader([0]), World(0, 0, 1, CPU), torch.float32
-    )
+    fit.evaluate_with_ema(args, nn.Linear(3, 2), ema, DataLoader([0]), World(0, 0, 1, CPU), torch.float32)
     model(torch.randn(5, 3))
     ema.update(model)
     assert torch.allclose(ema.module[1].running_mean, model[1].running_mean / 2)
