@@ -120,10 +120,10 @@ def shrink(file: str | Member, max_side: int | None) -> bytes | None:
 
 def write_shard(path: Path, dataset: DatasetFolder, indices: list[int], max_side: int | None = None) -> None:
     """Writes one shard under its final name, complete; see :func:`shrink` for ``max_side``."""
+    from webdataset import TarWriter  # here: benchmarks, which make other sets, run without the package
+
     partial = path.with_suffix(".part")
     with open(partial, "wb") as file:
-        from webdataset import TarWriter  # here: benchmarks, which make other sets, run without the package
-
         with TarWriter(file, encoder=False, mtime=0) as writer:
             for index in indices:
                 source, label = dataset.samples[index]
