@@ -1,0 +1,90 @@
+"""readers.shears: Pillow's pixels, and timm's draws."""
+
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp, auto_augment_transform
+
+from readers import shears
+
+FILL = (124, 116, 104)
+
+
+def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with grain, and a white part, as saturated skies have."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    pixels = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(float)
+    pixels += rng.normal(0, 6, pixels.shape)
+    pixels[: height // 3] = 255
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def levels_apart(image: Image.Image, matrix: tuple[float, ...]) -> np.ndarray:
+    pillow = image.transform(
+        image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=FILL
+    )
+    return np.abs(np.asarray(pillow).astype(int) - np.asarray(shears.shear(image, matrix, FILL)))
+
+
+@pytest.mark.parametrize("size", [(224, 224), (96, 61), (33, 128), (5, 3), (1, 1)], ids=str)
+@pytest.mark.parametrize("along", ["rows", "columns"])
+def test_shears_and_translations_are_pillows_to_a_level(size: tuple[int, int], along: str) -> None:
+    image = photograph(*size)
+    rng = np.random.default_rng(1)
+    length = max(size)
+    moves = [(factor, 0.0) for factor in (0, *rng.uniform(-0.5, 0.5, 20), -3, 3)]
+    moves += [(0.0, offset) for offset in (1, -2, length, -length, 3 * length, 0.5, *rng.uniform(-length, length, 20))]
+    moves += [(0.2, 3.7)]
+    apart = []
+    for factor, offset in moves:
+        matrix = (1, factor, offset, 0, 1, 0) if along == "rows" else (1, 0, 0, factor, 1, offset)
+        apart.append(levels_apart(image, matrix))
+    assert max(each.max() for each in apart) <= 1
+    assert np.mean([(each > 0).mean() for each in apart]) < 1e-3
+
+
+def test_a_move_by_whole_pixels_keeps_every_value() -> None:
+    image = photograph(64, 48)
+    for offset in (-63, -7, 0, 12, 64):
+        assert not levels_apart(image, (1, 0, offset, 0, 1, 0)).any()
+        assert not levels_apart(image, (1, 0, 0, 0, 1, offset)).any()
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9-n4", "original", "v0r", "augmix-m5-w2"])
+def test_timms_policies_draw_the_same_and_give_the_same_pictures(policy: str) -> None:
+    image, used = photograph(96, 96), []
+    pictures = []
+    for fast in (False, True):
+        transform = create_transform(96, is_training=True, auto_augment=policy, separate=True)[1].transforms[0]
+        if fast:
+            shears.speed_up(transform)
+        pictures.append([])
+        for seed in range(60):
+            random.seed(seed)
+            np.random.seed(seed)
+            pictures[-1].append(np.asarray(transform(image)).astype(int))
+            used.append(random.random())
+    assert used[:60] == used[60:]
+    apart = [np.abs(plain - fast) for plain, fast in zip(*pictures, strict=True)]
+    # Operations that follow may turn one level into several: equalize, posterize.
+    assert np.mean([(each > 0).mean() for each in apart]) < 2e-3
+    assert np.median([each.max() for each in apart]) <= 1
+
+
+def test_other_interpolations_and_transforms_are_left_to_pillow() -> None:
+    image = photograph(40, 40)
+    for resample in (Image.Resampling.BILINEAR, Image.Resampling.NEAREST):
+        operation = AugmentOp("ShearX", 1, 9, dict(interpolation=resample, img_mean=FILL))
+        pictures = []
+        for fast in (False, True):
+            random.seed(3)
+            if fast:
+                shears.speed_up(type("Policy", (), {"ops": [operation]}))
+            pictures.append(np.asarray(operation(image)))
+        assert np.array_equal(*pictures)
+    shears.speed_up(image)  # no policy of timm: nothing to speed up
+    assert auto_augment_transform("3a", {}) is not None
