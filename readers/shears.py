@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 
+SMALL = 80 * 80  # pixels of an image up to which Pillow is as fast
 OPERATIONS = (
     auto_augment.shear_x,
     auto_augment.shear_y,
@@ -28,7 +29,7 @@ OPERATIONS = (
 
 
 def speed_up(augmentation: Any) -> None:
-    """Lets timm's RandAugment, AutoAugment or AugMix shear and translate with :func:`shear`; their draws stay.
+    """Lets timm's RandAugment, AutoAugment or AugMix use :func:`shear` where that is faster; their draws stay.
 
     Args:
         augmentation: Any transform; others than these three stay as they are.
@@ -58,7 +59,8 @@ class _Sheared:
         fillcolor: tuple[int, int, int],
     ) -> Image.Image:
         """As Pillow's ``Image.transform``."""
-        if resample == Image.Resampling.BICUBIC and self.image.mode == "RGB":
+        large = self.image.width * self.image.height > SMALL
+        if large and resample == Image.Resampling.BICUBIC and self.image.mode == "RGB":
             return shear(self.image, data, fillcolor)
         return self.image.transform(size, method, data, resample=resample, fillcolor=fillcolor)
 
