@@ -7,8 +7,8 @@ process. Here, with the same draws in the same order:
 - an image that repeated augmentation takes several times in a row is decoded once;
 - the crop is resized by torch's 8-bit kernel, five times as fast as Pillow and with the same antialiasing filter: of
   1,000 values about four differ, by one of 255 levels;
-- RandAugment's shears and translations take a fourth of Pillow's time (``readers/shears.py``): of 10,000 values about
-  two differ, by one level;
+- RandAugment's shears and translations take a third to a fourth of Pillow's time (``shears.py``): of 10,000 values
+  about two differ, by one level;
 - images travel to the device as bytes, in a quarter of the memory; ``DeviceTransform`` normalises them there (on a CPU
   to the bit as ``ToTensor`` and ``Normalize`` do) and erases rectangles.
 
@@ -21,7 +21,6 @@ values are the plain path's to the bit.
 
 import math
 import random
-import warnings
 from typing import Any
 
 import numpy as np
@@ -37,8 +36,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 import datasets
+import shears
 from datasets import DataOptions
-from readers import shears
 from readers.images import File, decode, open_image
 
 # An image decoded at reduced scale has at least this many pixels for each one of the result, along both sides. With 2
@@ -46,9 +45,6 @@ from readers.images import File, decode, open_image
 # gradients.
 REDUCING_GAP = 2
 TORCH_FILTERS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
-
-# Bytes that are only read, and not copied for that.
-warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
 
 
 class LastImage:
@@ -109,8 +105,11 @@ class RandomResizedCropOfFile(RandomResizedCropAndInterpolation):
             box = tuple(scale * edge for edge in box)
             return decode(image).resize(self.size[::-1], str_to_pil_interp(interpolation.value), box=box)
         crop = decode_whole(image).crop(box)
-        # Pillow keeps four bytes a pixel: as such they are copied at once, and torch resizes them as fast as three.
-        pixels = torch.frombuffer(crop.tobytes("raw", "RGBX"), dtype=torch.uint8).view(height, width, 4)
+        if not width * height:  # of an image of one or two pixels; black, as in the plain path
+            return Image.new("RGB", self.size[::-1])
+        # Pillow keeps four bytes a pixel. To copy them as they are is faster than to pick three, and torch's resize is
+        # as fast with four.
+        pixels = torch.frombuffer(bytearray(crop.tobytes("raw", "RGBX")), dtype=torch.uint8).view(height, width, 4)
         resized = functional.resize(pixels.permute(2, 0, 1), self.size, interpolation, antialias=True)
         return Image.frombytes("RGB", self.size[::-1], resized.permute(1, 2, 0).numpy(), "raw", "RGBX")
 
