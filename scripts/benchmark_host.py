@@ -94,7 +94,7 @@ def host_table(args: argparse.Namespace) -> list[dict[str, Any]]:
                 step()
                 measured.append(time.process_time() - start)
         # The fastest tenth: other programs on the machine can only add time.
-        host = [statistics.quantiles(measured, n=10)[0] for measured in times]
+        host = [statistics.quantiles(measured, n=10, method="inclusive")[0] for measured in times]
         for name, number, seconds in zip(names, calls, host, strict=True):
             ratios = dict(operator_ratio=number / calls[0], host_ratio=seconds / host[0])
             rows.append(dict(model=name, amp_dtype=str(amp_dtype), operators=number, host_ms=1e3 * seconds) | ratios)
