@@ -45,7 +45,11 @@ MAX_EVAL_BATCH = 256  # images
 
 
 # Flags that decide the order of the images and their augmentation, besides the number of processes.
-_ORDER_FLAGS = ("batch_size", "grad_accum", "seed", "fast_loader", "val_split", "val_split_seed")
+_ORDER_FLAGS = (
+    *("batch_size", "grad_accum", "seed", "fast_loader", "val_split", "val_split_seed"),
+    *("repeated_aug", "repeated_aug_local"),
+)
+_SAME_IMAGES = {"seed", "fast_loader"}  # whatever these are, a step has the same images
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,7 @@ def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: 
             f"resuming {start.source} with {changed}: from epoch {epoch} on, the order of the images, their "
             "augmentation and the scaled learning rate differ from the uninterrupted run"
         )
-    if step and {"world_size", "batch_size", "grad_accum", "val_split"} & changed.keys():
+    if step and changed.keys() - _SAME_IMAGES:
         _logger.warning(f"epoch {epoch} starts again: its first {step} batches held other images")
         step = 0
     if step:
@@ -373,6 +377,7 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> L
         world_size=world.world_size,
         rank=world.rank,
         repeated_aug=args.repeated_aug,
+        repeats_on_one_rank=args.repeated_aug_local,
         seed=args.seed,
         shard_eval=args.shard_eval,
     )

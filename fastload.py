@@ -51,8 +51,8 @@ class LastImage:
     """Opens and decodes image files, and keeps the last one's pixels for the case that the same file comes again.
 
     Repeated augmentation deals the copies of an image out to the processes in turn: one process gets all three in a
-    row, two processes two of them every other time, more processes none. With remote shards one process always gets
-    all three.
+    row, two processes two of them every other time, more processes none. With remote shards and ``LocalRASampler``
+    one process always gets all three.
     """
 
     def __init__(self) -> None:

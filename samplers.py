@@ -12,6 +12,7 @@ from torch.utils.data import DistributedSampler, Sampler
 
 __all__ = [
     "AddressedSampler",
+    "LocalRASampler",
     "OrderedDistributedSampler",
     "RASampler",
     "ShardSampler",
@@ -21,6 +22,22 @@ __all__ = [
 
 # timm's sampler gives the indices of DeiT's RASampler, and a whole epoch instead of none below 256 images.
 RASampler = RepeatAugSampler
+
+
+class LocalRASampler(RASampler):
+    """``RASampler`` that deals out images instead of their views: all views of an image go to one rank, in a row.
+
+    That rank decodes the image once. If the batch size is a multiple of the number of views, all ranks together see the
+    same images in every step as with ``RASampler``. Arguments as timm's ``RepeatAugSampler``.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        once = RASampler(self.dataset, num_replicas=1, rank=0, shuffle=self.shuffle, num_repeats=1, selected_round=0)
+        once.set_epoch(self.epoch)
+        images = list(once)
+        mine = (self.rank + view // self.num_repeats * self.num_replicas for view in range(len(self)))
+        return iter([images[place % len(images)] for place in mine])
+
 
 # For remote shards, in images of one process: how far shuffling may move an image from its place in the shard. With
 # readers.loader.LOOK_AHEAD it takes 1.4 GB of the cache at 110 kB an image.
@@ -155,6 +172,7 @@ def build_samplers(
     repeated_aug: bool,
     seed: int,
     shard_eval: bool = True,
+    repeats_on_one_rank: bool = False,
 ) -> tuple[AddressedSampler | None, OrderedDistributedSampler | ShardSampler]:
     """Samplers of one rank. No process group is needed.
 
@@ -170,6 +188,7 @@ def build_samplers(
         seed: Seed of the samples' random draws. The order of the images depends on the epoch alone, as in DeiT: it has
             to be the same on all ranks. For remote shards it depends on the seed too.
         shard_eval: Whether the ranks share the evaluation images; otherwise each evaluates all of them.
+        repeats_on_one_rank: With ``repeated_aug``: see :class:`LocalRASampler`. Remote shards are always read so.
 
     Returns:
         The training sampler (None without training images), and the evaluation sampler. The latter pads the ranks to
@@ -186,7 +205,8 @@ def build_samplers(
         val_sampler = ShardSampler(remote.shards.lengths, num_samples=len(val_sampler), rank=eval_rank)
     if dataset_train is None:
         return None, val_sampler
-    sampler_class = RASampler if repeated_aug else DistributedSampler
+    repeating = LocalRASampler if repeats_on_one_rank else RASampler
+    sampler_class = repeating if repeated_aug else DistributedSampler
     train_sampler = sampler_class(dataset_train, num_replicas=world_size, rank=rank, shuffle=True)
     if remote := getattr(dataset_train, "remote", None):
         repeats = getattr(train_sampler, "num_repeats", 1)

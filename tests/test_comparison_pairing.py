@@ -1,6 +1,6 @@
 """What runs of one seed share, whatever the model: initial weights, images, and the draws of a step."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +15,10 @@ import build
 import models
 import oversmoothing
 import utils
+from datasets import DataOptions
 from options import get_args_parser
 from scripts.comparison.flags import as_words, merged, parse
-from scripts.comparison.pairing import compare_starts
+from scripts.comparison.pairing import IMAGES, compare_starts
 
 VARIANTS = [
     name for name in models.list_models() if "scale" in name and "_small_12" in name or "_cait_XXS24_224" in name
@@ -102,6 +103,13 @@ def test_arms_get_the_same_images_in_the_same_order_with_the_same_augmentation(d
     # Another seed: the same images, augmented otherwise.
     assert torch.equal(batches["deit_small_12", 0][1], batches["deit_small_12", 1][1])
     assert not torch.equal(batches["deit_small_12", 0][0], batches["deit_small_12", 1][0])
+
+
+def test_every_option_of_a_training_image_is_compared() -> None:
+    of_evaluation = {"eval_crop_ratio", "real_labels"}
+    of_storage = {"download", "shard_cache", "shard_cache_gb"}
+    options = {field.name for field in fields(DataOptions)} - of_evaluation - of_storage
+    assert options - IMAGES == {"num_classes"}  # which images there are is the data's business
 
 
 def test_the_page_s_account_of_a_pair_is_measured() -> None:

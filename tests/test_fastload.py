@@ -274,16 +274,25 @@ def test_neither_workers_nor_a_restart_change_a_batch(photographs: Path, flags: 
     assert not same(whole, load_epoch(photographs, 0, *flags, epoch=2))
 
 
-@pytest.mark.parametrize("processes, files", [(1, 1 / 3), (2, 2 / 3), (3, 1)])
+@pytest.mark.parametrize(
+    "processes, files, local", [(1, 1 / 3, False), (2, 2 / 3, False), (3, 1, False), (3, 1 / 3, True)]
+)
 @pytest.mark.parametrize("flags", [(), ("--three-augment", "--src")], ids=str)
 def test_repeated_augmentation_reads_a_file_once_and_changes_no_image(
-    photographs: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], processes: int, files: float
+    photographs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+    processes: int,
+    files: float,
+    local: bool,
 ) -> None:
     args = make_args(photographs, "--input-size", "96", "--reprob", "0", *flags)
     dataset, transform = fastload.build_dataset(args)[0], fastload.build_transform(args)
     opened = []
     monkeypatch.setattr(fastload, "open_image", lambda path: opened.append(path) or open_image(path))
-    sampler = build_samplers(dataset, dataset, world_size=processes, rank=0, repeated_aug=True, seed=3)[0]
+    sampler = build_samplers(
+        dataset, dataset, world_size=processes, rank=0, repeated_aug=True, repeats_on_one_rank=local, seed=3
+    )[0]
     keys = list(sampler)[:12]
     for index, seed in keys:
         with seeded(seed):

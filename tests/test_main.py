@@ -414,6 +414,21 @@ def test_the_average_is_restored_on_resume(trained: Path) -> None:
     torch.testing.assert_close(dict(model.state_dict()), saved["model"], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "change, step", [((), 1), (("--seed", 1), 1), (("--repeated-aug-local",), 0), (("--no-repeated-aug",), 0)], ids=str
+)
+def test_an_epoch_starts_again_if_its_steps_would_have_other_images(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: tuple, step: int
+) -> None:
+    saved = dict(read_checkpoint(trained / "checkpoint.pth")) | {"epoch": 0, "step": 1, "meters": {"0": {}}}
+    del saved["format"]  # only with it is a digest expected
+    torch.save(saved, tmp_path / "within.pth")
+    args = parse("--resume", tmp_path / "within.pth", "--batch-size", 4, *change)
+    start = build.load_start(args, build.find_start(args), tiny_model("deit_small_12"), CPU)
+    assert (start.epoch, start.step) == (1, step)
+    assert ("epoch 1 starts again" in caplog.text) == (step == 0)
+
+
 def test_no_average_saves_and_resumes(data: Path, tmp_path: Path) -> None:
     words = flags(data, tmp_path, "--auto_reload", "--no-model-ema")
     call_main(*words)

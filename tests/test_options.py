@@ -122,6 +122,7 @@ def test_a_mistyped_flag_is_an_error_not_an_abbreviation() -> None:
         (["--layer-decay", "0"], "--layer-decay 0.0: give a number above 0, at most 1"),
         (["--layer-decay", "1.5"], "--layer-decay 1.5"),
         (["--opt", "fusedlamb"], "--opt fusedlamb is apex's, which is not used here: give --opt lamb, timm's"),
+        (["--no-repeated-aug", "--repeated-aug-local"], "--no-repeated-aug --repeated-aug-local: give one of them"),
         (["--bce-loss"], "--bce-loss --smoothing 0.1: smoothing gives every class a share"),
         (["--three-augment", "--aa", "original"], "--three-augment --aa original: give one of them"),
         (["--src", "--train-interpolation", "random"], "--src --train-interpolation random"),

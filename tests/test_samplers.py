@@ -11,7 +11,7 @@ from timm.task import ClassificationEvaluator
 from timm.task.evaluator import evaluation_sample_limit
 from torch.utils.data import DataLoader, TensorDataset
 
-from samplers import AddressedSampler, RASampler, build_samplers, sample_seed
+from samplers import AddressedSampler, LocalRASampler, RASampler, build_samplers, sample_seed
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "public" / "sampler.json"
 
@@ -65,6 +65,30 @@ def test_every_image_comes_once_without_repeated_augmentation(world_size: int) -
         sampler, _ = build(300, world_size=world_size, rank=rank, repeated_aug=False)
         indices += [index for index, _ in sampler]
     assert sorted(indices) == list(range(300))
+
+
+@pytest.mark.parametrize("size", [1, 7, 255, 700])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_local_repeats_keep_the_images_of_each_step(size: int, world_size: int) -> None:
+    def steps(sampler_class: type[RASampler]) -> list[list[int]]:
+        ranks = [sampler_class(range(size), world_size, rank) for rank in range(world_size)]
+        for sampler in ranks:
+            sampler.set_epoch(2)
+        orders = [list(sampler) for sampler in ranks]
+        assert all(len(order) == len(ranks[0]) for order in orders)
+        return [sorted(sum((order[i : i + 6] for order in orders), [])) for i in range(0, len(orders[0]) - 5, 6)]
+
+    assert steps(LocalRASampler) == steps(RASampler)
+
+
+def test_local_repeats_are_in_a_row_on_one_rank() -> None:
+    orders = [list(LocalRASampler(range(700), 4, rank)) for rank in range(4)]
+    for order in orders:
+        views = np.array(order[: len(order) // 3 * 3]).reshape(-1, 3)
+        assert (views == views[:, :1]).all() and len(set(views[:, 0])) == len(views)
+    assert sum(len(set(order)) for order in orders) == len(set().union(*orders))
+    alone, local = RASampler(range(700), 1, 0), LocalRASampler(range(700), 1, 0)
+    assert list(alone) == list(local)
 
 
 @pytest.mark.parametrize("repeated_aug", [True, False])

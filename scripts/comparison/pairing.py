@@ -18,8 +18,8 @@ from scripts.comparison.study import NO_EFFECT, Run
 IMAGES = frozenset({
     *("data_set", "data_path", "inat_category", "input_size", "batch_size", "grad_accum", "epochs", "skip_bad_images"),
     *("val_split", "val_split_seed", "color_jitter", "hflip", "aa", "train_interpolation", "repeated_aug", "reprob"),
-    *("remode", "recount", "resplit", "mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob"),
-    *("mixup_mode", "fast_loader", "smoothing"),
+    *("repeated_aug_local", "three_augment", "src", "remode", "recount", "resplit", "mixup", "cutmix"),
+    *("cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "fast_loader", "smoothing"),
 })  # fmt: skip
 TREATMENT = ("model", "remedy")  # what arms are meant to differ in; any other flag that differs is named
 
