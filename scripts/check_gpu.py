@@ -21,12 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import timm
@@ -54,6 +55,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEIT = ("deit_small_patch16_224", "attnscale_small_12", "featscale_small_12", "attnfeatscale_small_12")
 CAIT = ("cait_s24_224", "attnscale_cait_S24_224", "featscale_cait_S24_224")
 GRACE = 30  # seconds for a section to be imported, and to end by itself after its limit
+WORTHWHILE = 20  # seconds: with less time left, a longer section is not begun
 QUICK = dict(embed_dim=48, num_heads=3, depth=3, patch_size=8)  # of the same kinds, at 32 pixels
 
 
@@ -74,11 +76,12 @@ class Report:
         line = dict(section=self.section, name=name, value=value, unit=unit, aim=aim, verdict=verdict)
         self.write(line | dict(change=change if verdict == "missed" else "", correctness=correctness))
 
-    def failed(self, reason: str) -> None:
-        """Notes that the section did not reach its end."""
+    def failed(self, reason: str, details: str = "") -> None:
+        """Notes that the section did not reach its end; ``details`` are kept, and shown on standard error."""
         change = "its results so far are above; run it alone: --only " + self.section
         line = dict(section=self.section, name="section", value=reason, unit="", aim="", verdict="failed")
-        self.write(line | dict(change=change, correctness=True))
+        self.write(line | dict(change=change, correctness=True, details=details))
+        print(details, file=sys.stderr, end="", flush=True)
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends it and shows it."""
@@ -352,6 +355,10 @@ def kernels(setting: Setting, report: Report) -> None:
             (DeviceType.CUDA, "self_device_time_total") if setting.on_gpu else (DeviceType.CPU, "self_cpu_time_total")
         )
         events = [event for event in profiler.key_averages() if event.device_type == kind]
+        report.add(
+            f"{name}: kinds of kernels", len(events), at_least=1,
+            change="allow the driver's profiling counters to this user; only this section needs them",
+        )  # fmt: skip
         for event in sorted(events, key=attrgetter(took), reverse=True)[:12]:
             report.add(f"{name}: {event.count} x {event.key[:60]}", getattr(event, took) / 1e3, "ms")
 
@@ -519,24 +526,34 @@ def resume(setting: Setting, report: Report) -> None:
             *("--data-path", f"{folder}/data", "--batch-size", "16", "--num_workers", "2", "--auto_reload"),
             *("--device", str(setting.device), "--checkpoint-steps", "4", "--warmup-epochs", "0"),
         ]
-        results = {}
-        for name, signal_after in (("whole", None), ("killed", "checkpoint.pth")):
+        results, console = {}, Path(folder) / "console.txt"
+        for name in ("whole", "killed"):
             output = Path(folder) / name
             run = [*words, "--output_dir", str(output)]
-            if signal_after:
-                process = subprocess.Popen(run, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                try:
-                    while process.poll() is None and not (output / signal_after).exists():
-                        time.sleep(0.02)
-                    if process.poll() is not None:
-                        return report.failed(f"the run to be killed ended by itself, with {process.poll()}")
-                finally:
-                    process.kill()
-                    process.wait()
-            subprocess.run(run, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            with console.open("w") as file:
+                if name == "killed":
+                    kill_when(output / "checkpoint.pth", run, file)
+                code = subprocess.run(run, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
+            printed = console.read_text()
+            if code:
+                return report.failed(f"the {name} run ended with {code}", printed[-4000:])
+            if name == "killed" and "auto-reload: continuing" not in printed:
+                return report.failed("the killed run did not go on but began again", printed[-4000:])
             results[name] = json.loads((output / "log.txt").read_text().splitlines()[-1])
         difference = abs(results["whole"]["test_loss"] - results["killed"]["test_loss"])
         report.add("test loss, killed and resumed against whole", difference, at_most=1e-2, correctness=True)
+
+
+def kill_when(written: Path, words: list[str], output: IO[str], patience: float = 60) -> None:
+    """Starts a command and kills it as soon as it has written a file, or after ``patience`` seconds."""
+    process = subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        until = time.monotonic() + patience
+        while process.poll() is None and not written.exists() and time.monotonic() < until:
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
 
 
 # Name -> what to run and its limit in seconds; the most valuable first, in case time runs out.
@@ -544,14 +561,14 @@ SECTIONS: dict[str, tuple[Callable[[Setting, Report], None], float]] = {
     "environment": (environment, 60),
     "parity": (parity, 90),
     "waits": (waits, 60),
-    "speed": (speed, 230),
+    "speed": (speed, 300),
     "chunk": (chunk, 40),
     "training": (training, 100),
     "share": (share, 70),
     "kernels": (kernels, 40),
-    "resume": (resume, 90),
+    "resume": (resume, 120),
     "data": (data, 50),
-    "compiled": (compiled, 150),
+    "compiled": (compiled, 300),
 }
 
 
@@ -583,9 +600,13 @@ def run_section(name: str, setting: Setting, path: Path, limit: float) -> None:
         with _limit(limit):
             SECTIONS[name][0](setting, report)
     except _OutOfTime:
-        report.failed(f"stopped after {limit:.0f} s")
+        if limit < SECTIONS[name][1]:
+            report.add(f"stopped after {limit:.0f} s: no time left", "cut short")
+        else:
+            report.failed(f"stopped after {limit:.0f} s", traceback.format_exc())
     except Exception as error:  # whatever it is, the other sections go on
-        report.failed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        first_line = str(error).splitlines()[0] if str(error) else ""
+        report.failed(f"{type(error).__name__}: {first_line}", traceback.format_exc())
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -641,8 +662,8 @@ def main(words: list[str] | None = None) -> int:
     path.write_text("")
     for name in args.only or SECTIONS:
         left = args.seconds - GRACE * setting.on_gpu - (time.monotonic() - began)
-        limit = left if args.only else min(SECTIONS[name][1], left)
-        if left < 5:
+        limit = left if args.only == [name] else min(SECTIONS[name][1], left)
+        if left < min(SECTIONS[name][1], WORTHWHILE):
             Report(path, name).add("not run: no time left", "left out")
         elif setting.on_gpu:
             run_apart(name, args, path, limit)

@@ -52,8 +52,22 @@ def test_what_fails_loses_only_itself_and_what_is_missed_names_a_way_out(
         *(("broken", "measured"), ("broken", "failed"), ("slow", "failed")),
         *(("wrong", "missed"), ("late", "missed"), ("late", "held")),
     ]
-    assert "illegal memory access" in capsys.readouterr().out and lines[3][2] == "a flag"
+    printed = capsys.readouterr()
+    assert "illegal memory access" in printed.out and lines[3][2] == "a flag"
+    assert "in broken" in printed.err and "in slow" in printed.err  # where it was
     assert check_gpu.main([*CPU, "--only", "late", "--results-file", str(file)]) == 0  # slow, but right
+
+
+def test_a_section_that_the_whole_time_cuts_short_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check_gpu, "SECTIONS", dict(slow=(slow, 100)))
+    monkeypatch.setattr(check_gpu, "WORTHWHILE", 0.1)
+    file = tmp_path / "results.json"
+    for words in ([], ["--only", "slow"]):
+        assert check_gpu.main([*CPU, *words, "--seconds", "0.5", "--results-file", str(file)]) == 0
+        (line,) = json.loads(file.read_text())["results"]
+        assert line["name"].startswith("stopped after") and line["value"] == "cut short"
 
 
 def test_sections_that_no_time_is_left_for_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

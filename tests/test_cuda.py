@@ -3,7 +3,6 @@
 import copy
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -100,13 +99,12 @@ def test_a_killed_run_goes_on_and_an_ema_in_host_memory_is_evaluated(tmp_path: P
     flags = ("--data-path", tmp_path / "data", "--output_dir", tmp_path / "run", "--auto_reload")
     ema = ("--model-ema-force-cpu", "--eval-ema", "--checkpoint-steps", "1")
     words = [*map(str, (*RUN, *flags, *ema, "--epochs", 3))]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
-        while first.poll() is None and not (tmp_path / "run" / "checkpoint.pth").exists():
-            time.sleep(0.01)
-        assert first.poll() is None, "it ended before it was killed"
-        first.kill()
+    with (tmp_path / "console.txt").open("w") as console:
+        check_gpu.kill_when(tmp_path / "run" / "checkpoint.pth", words, console, patience=120)
     done = run(*words)
-    assert done.returncode == 0 and "auto-reload: continuing" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "auto-reload: continuing" in done.stdout, (
+        (tmp_path / "console.txt").read_text() + done.stdout + done.stderr
+    )
     assert len((tmp_path / "run" / "log.txt").read_text().splitlines()) == 3
 
 
