@@ -10,7 +10,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
@@ -37,6 +38,18 @@ def answer_signals(importing: bool = True) -> None:
         signal.signal(signal.SIGINT, _end_interrupted if importing else _interrupt)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _end_preempted)
+
+
+@contextmanager
+def not_installed(package: str) -> Iterator[None]:
+    """Within the context, importing ``package`` fails as if it were not installed; what is imported already stays."""
+    before = sys.modules.get(package)
+    sys.modules[package] = before  # None: importing it raises ImportError
+    try:
+        yield
+    finally:
+        if before is None:
+            del sys.modules[package]
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

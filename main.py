@@ -11,6 +11,9 @@ import entry
 if __name__ == "__main__":
     entry.answer_signals()  # during the imports below, which take seconds
 
+with entry.not_installed("wandb"):  # timm imports it for a function that is not used here, a seventh of the start
+    import timm.utils  # noqa: F401
+
 import argparse
 import json
 import logging

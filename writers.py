@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from utils import SetupError
 
@@ -65,7 +63,10 @@ class TensorBoardWriter(Writer):
     """
 
     def __init__(self, folder: Path, start_epoch: int) -> None:
-        self.writer = SummaryWriter(str(folder), purge_step=start_epoch)
+        from torch.utils import tensorboard  # takes a third of a second, which only the rank that writes has to spend
+
+        self.hparams = tensorboard.summary.hparams
+        self.writer = tensorboard.SummaryWriter(str(folder), purge_step=start_epoch)
 
     def describe(self, about: Description) -> None:
         """Text, charts, samples and the run's row of hyper-parameters.
@@ -76,7 +77,7 @@ class TensorBoardWriter(Writer):
         self.writer.add_text("run", about.page, 0)
         self.writer.add_custom_scalars(about.charts)
         self.writer.add_image("training_samples", about.samples, 0, dataformats="HWC")
-        summaries = hparams(about.hyper_parameters, dict.fromkeys(about.metrics))
+        summaries = self.hparams(about.hyper_parameters, dict.fromkeys(about.metrics))
         for summary in summaries[:2]:  # the third says that the run has ended
             self.writer.file_writer.add_summary(summary)
         self.writer.flush()
@@ -89,7 +90,7 @@ class TensorBoardWriter(Writer):
         self.writer.flush()
 
     def finish(self) -> None:
-        self.writer.file_writer.add_summary(hparams({}, {})[2])
+        self.writer.file_writer.add_summary(self.hparams({}, {})[2])
         self.writer.close()
 
 

@@ -1,5 +1,6 @@
 """How a process begins and ends: signals before training, streams that nobody reads, exit codes."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -125,3 +126,13 @@ def test_a_lone_rank_leaves_with_its_own_exit_code(tmp_path: Path) -> None:
         done = run.finish(60)
     assert done.returncode == entry.EXIT_BAD_INPUT, done.stdout
     assert "error: rank 1 of 2 could not join the process group" in done.stdout and "Traceback" not in done.stdout
+
+
+def test_a_package_can_be_hidden_from_what_imports_it_if_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with entry.not_installed("colorsys"), pytest.raises(ImportError):
+        import colorsys  # noqa: F401
+    assert "colorsys" not in sys.modules and importlib.util.find_spec("colorsys")
+    with entry.not_installed("json"):  # imported already
+        import json
+    assert sys.modules["json"] is json
