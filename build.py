@@ -45,11 +45,10 @@ MAX_EVAL_BATCH = 256  # images
 
 
 # Flags that decide the order of the images and their augmentation, besides the number of processes.
-_ORDER_FLAGS = (
+ORDER_FLAGS = (
     *("batch_size", "grad_accum", "seed", "fast_loader", "val_split", "val_split_seed"),
     *("repeated_aug", "repeated_aug_local"),
 )
-_SAME_IMAGES = {"seed", "fast_loader"}  # whatever these are, a step has the same images
 
 
 @dataclass(frozen=True)
@@ -211,16 +210,16 @@ def load_start(args: argparse.Namespace, start: Start, model: nn.Module, world: 
     start = replace(start, full=True, epoch=epoch, max_accuracy=dict(saved.get("max_accuracy") or {}))
     if args.eval or args.throughput:  # no training follows, so nothing can differ
         return start
-    then = saved.get("args") or {}
-    now = {name: getattr(args, name) for name in _ORDER_FLAGS} | {"world_size": world.world_size}
+    then = {"repeated_aug_local": False} | (saved.get("args") or {})  # what had no such flag was dealt out as DeiT's
+    now = {name: getattr(args, name) for name in ORDER_FLAGS} | {"world_size": world.world_size}
     changed = {name: f"{then[name]} -> {now[name]}" for name in now if then.get(name) not in (None, now[name])}
     if changed:
         _logger.warning(
             f"resuming {start.source} with {changed}: from epoch {epoch} on, the order of the images, their "
             "augmentation and the scaled learning rate differ from the uninterrupted run"
         )
-    if step and changed.keys() - _SAME_IMAGES:
-        _logger.warning(f"epoch {epoch} starts again: its first {step} batches held other images")
+    if step and changed.keys() - {"fast_loader"}:
+        _logger.warning(f"epoch {epoch} starts again: its first {step} batches were drawn in another way")
         step = 0
     if step:
         meters = (saved.get("meters") or {}).get(str(world.rank))

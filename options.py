@@ -380,8 +380,8 @@ def _augmentation(parser: argparse.ArgumentParser) -> None:
     group.add(
         "--repeated-aug-local",
         action="store_true",
-        help="the three times on one process, one after the other, instead of on three processes as in DeiT: the image "
-        "is decoded once, which saves a third of the loader's CPU time with three processes or more (docs/data.md)",
+        help="the three times on one process, one after the other, instead of on three processes as in DeiT: the fast "
+        "loader then decodes an image once, in place of two or three times (docs/data.md)",
     )
     group.add("--reprob", type=float, default=0.25, metavar="P", help="probability of random erasing")
     group.add(

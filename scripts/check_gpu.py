@@ -76,6 +76,12 @@ class Report:
         line = dict(section=self.section, name=name, value=value, unit=unit, aim=aim, verdict=verdict)
         self.write(line | dict(change=change if verdict == "missed" else "", correctness=correctness))
 
+    def left_out(self, reason: str) -> None:
+        """Notes that the section did not run, or not to its end, for lack of time."""
+        change = f"its results are not complete; run it alone: --only {self.section}"
+        line = dict(section=self.section, name=reason, value="", unit="", aim="", verdict="left out")
+        self.write(line | dict(change=change, correctness=False))
+
     def failed(self, reason: str, details: str = "") -> None:
         """Notes that the section did not reach its end; ``details`` are kept, and shown on standard error."""
         change = "its results so far are above; run it alone: --only " + self.section
@@ -357,7 +363,7 @@ def kernels(setting: Setting, report: Report) -> None:
         events = [event for event in profiler.key_averages() if event.device_type == kind]
         report.add(
             f"{name}: kinds of kernels", len(events), at_least=1,
-            change="allow the driver's profiling counters to this user; only this section needs them",
+            change="let this user read the driver's profiling counters; only this section needs them",
         )  # fmt: skip
         for event in sorted(events, key=attrgetter(took), reverse=True)[:12]:
             report.add(f"{name}: {event.count} x {event.key[:60]}", getattr(event, took) / 1e3, "ms")
@@ -531,8 +537,8 @@ def resume(setting: Setting, report: Report) -> None:
             output = Path(folder) / name
             run = [*words, "--output_dir", str(output)]
             with console.open("w") as file:
-                if name == "killed":
-                    kill_when(output / "checkpoint.pth", run, file)
+                if name == "killed" and not kill_when(output / "checkpoint.pth", run, file):
+                    return report.failed("the run to be killed had ended by itself", console.read_text()[-4000:])
                 code = subprocess.run(run, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
             printed = console.read_text()
             if code:
@@ -544,13 +550,18 @@ def resume(setting: Setting, report: Report) -> None:
         report.add("test loss, killed and resumed against whole", difference, at_most=1e-2, correctness=True)
 
 
-def kill_when(written: Path, words: list[str], output: IO[str], patience: float = 60) -> None:
-    """Starts a command and kills it as soon as it has written a file, or after ``patience`` seconds."""
+def kill_when(written: Path, words: list[str], output: IO[str], patience: float = 60) -> bool:
+    """Starts a command and kills it as soon as it has written a file, or after ``patience`` seconds.
+
+    Returns:
+        Whether it was still running then.
+    """
     process = subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
     try:
         until = time.monotonic() + patience
         while process.poll() is None and not written.exists() and time.monotonic() < until:
             time.sleep(0.02)
+        return process.poll() is None
     finally:
         process.kill()
         process.wait()
@@ -593,6 +604,14 @@ def _limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def out_of_time(report: Report, what: str, limit: float, details: str = "") -> None:
+    """Notes that a section was ended: it has failed, unless its time was shorter than its own limit."""
+    if limit < SECTIONS[report.section][1]:
+        report.left_out(f"{what}: no time left")
+    else:
+        report.failed(what, details)
+
+
 def run_section(name: str, setting: Setting, path: Path, limit: float) -> None:
     """Runs one section in this process; an error or a timeout becomes its last result."""
     report = Report(path, name)
@@ -600,10 +619,7 @@ def run_section(name: str, setting: Setting, path: Path, limit: float) -> None:
         with _limit(limit):
             SECTIONS[name][0](setting, report)
     except _OutOfTime:
-        if limit < SECTIONS[name][1]:
-            report.add(f"stopped after {limit:.0f} s: no time left", "cut short")
-        else:
-            report.failed(f"stopped after {limit:.0f} s", traceback.format_exc())
+        out_of_time(report, f"stopped after {limit:.0f} s", limit, traceback.format_exc())
     except Exception as error:  # whatever it is, the other sections go on
         first_line = str(error).splitlines()[0] if str(error) else ""
         report.failed(f"{type(error).__name__}: {first_line}", traceback.format_exc())
@@ -624,7 +640,7 @@ def run_apart(name: str, args: argparse.Namespace, path: Path, limit: float) -> 
         process.wait()
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
-        return Report(path, name).failed(f"hung; ended after {limit + GRACE:.0f} s")
+        return out_of_time(Report(path, name), f"hung; ended after {limit + GRACE:.0f} s", limit)
     if code:
         Report(path, name).failed(f"its process ended with {code}")
 
@@ -664,7 +680,7 @@ def main(words: list[str] | None = None) -> int:
         left = args.seconds - GRACE * setting.on_gpu - (time.monotonic() - began)
         limit = left if args.only == [name] else min(SECTIONS[name][1], left)
         if left < min(SECTIONS[name][1], WORTHWHILE):
-            Report(path, name).add("not run: no time left", "left out")
+            Report(path, name).left_out("not run: no time left")
         elif setting.on_gpu:
             run_apart(name, args, path, limit)
         else:
@@ -674,9 +690,10 @@ def main(words: list[str] | None = None) -> int:
     counts = {verdict: sum(line["verdict"] == verdict for line in lines) for verdict in ("held", "missed", "measured")}
     failed = [line for line in lines if line["verdict"] == "failed"]
     missed = [line for line in lines if line["verdict"] == "missed"]
+    left_out = [line for line in lines if line["verdict"] == "left out"]
     print(f"\n{took:.0f} s: " + ", ".join(f"{number} {verdict}" for verdict, number in counts.items()), end="")
-    print(f", {len(failed)} section(s) failed")
-    for line in (*missed, *failed):
+    print(f", {len(failed)} section(s) failed, {len(left_out)} without the time to end")
+    for line in (*missed, *failed, *left_out):
         print(format_line(line))
     results = dict(command=["python", *sys.argv], seconds=took, quick=setting.quick, results=lines)
     args.results_file.write_text(json.dumps(results, indent=1), encoding="utf-8")

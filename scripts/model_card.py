@@ -53,7 +53,7 @@ RECIPE = (
     *("lr", "unscale_lr", "layer_decay", "sched", "sched_on_updates", "warmup_epochs", "warmup_lr", "min_lr"),
     *("scale_min_lr", "decay_epochs", "decay_rate", "lr_noise", "lr_noise_pct", "lr_noise_std"),
     *("color_jitter", "hflip", "aa", "three_augment", "src", "smoothing", "bce_loss", "train_interpolation"),
-    "repeated_aug",
+    *("repeated_aug", "repeated_aug_local"),
     *("reprob", "remode", "recount", "resplit", "val_split", "val_split_seed"),
     *("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode"),
     *("distillation_type", "teacher_model", "distillation_alpha", "distillation_tau"),

@@ -1,6 +1,7 @@
 """scripts/check_gpu.py runs everywhere and judges what it measures; a section that fails or hangs loses only itself."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def test_what_fails_loses_only_itself_and_what_is_missed_names_a_way_out(
 
 
 def test_a_section_that_the_whole_time_cuts_short_has_not_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(check_gpu, "SECTIONS", dict(slow=(slow, 100)))
     monkeypatch.setattr(check_gpu, "WORTHWHILE", 0.1)
@@ -67,7 +68,29 @@ def test_a_section_that_the_whole_time_cuts_short_has_not_failed(
     for words in ([], ["--only", "slow"]):
         assert check_gpu.main([*CPU, *words, "--seconds", "0.5", "--results-file", str(file)]) == 0
         (line,) = json.loads(file.read_text())["results"]
-        assert line["name"].startswith("stopped after") and line["value"] == "cut short"
+        assert line["name"].startswith("stopped after") and line["verdict"] == "left out"
+        assert "0 section(s) failed, 1 without the time to end" in capsys.readouterr().out
+
+
+def test_several_sections_keep_their_limits_and_one_alone_has_all_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {}
+    monkeypatch.setattr(check_gpu, "SECTIONS", dict(late=(late, 9), wrong=(wrong, 30)))
+    monkeypatch.setattr(check_gpu, "run_section", lambda name, setting, path, limit: limits.update({name: limit}))
+    words = [*CPU, "--seconds", "100", "--results-file", str(tmp_path / "results.json")]
+    check_gpu.main([*words, "--only", "late", "wrong"])
+    assert limits == dict(late=9, wrong=30)
+    check_gpu.main([*words, "--only", "late"])
+    assert limits["late"] > 90
+
+
+def test_a_command_is_killed_when_it_has_written_its_file(tmp_path: Path) -> None:
+    written = tmp_path / "written"
+    with (tmp_path / "console.txt").open("w") as console:
+        sleeps = f"import time; open({str(written)!r}, 'w'); time.sleep(60)"
+        assert check_gpu.kill_when(written, [sys.executable, "-c", sleeps], console)
+        assert not check_gpu.kill_when(tmp_path / "never", [sys.executable, "-c", ""], console)
 
 
 def test_sections_that_no_time_is_left_for_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,7 @@ def test_every_option_of_a_training_image_is_compared() -> None:
     of_storage = {"download", "shard_cache", "shard_cache_gb"}
     options = {field.name for field in fields(DataOptions)} - of_evaluation - of_storage
     assert options - IMAGES == {"num_classes"}  # which images there are is the data's business
+    assert set(build.ORDER_FLAGS) - IMAGES == {"seed"}  # which a pair has in common
 
 
 def test_the_page_s_account_of_a_pair_is_measured() -> None:

@@ -100,7 +100,8 @@ def test_a_killed_run_goes_on_and_an_ema_in_host_memory_is_evaluated(tmp_path: P
     ema = ("--model-ema-force-cpu", "--eval-ema", "--checkpoint-steps", "1")
     words = [*map(str, (*RUN, *flags, *ema, "--epochs", 3))]
     with (tmp_path / "console.txt").open("w") as console:
-        check_gpu.kill_when(tmp_path / "run" / "checkpoint.pth", words, console, patience=120)
+        running = check_gpu.kill_when(tmp_path / "run" / "checkpoint.pth", words, console, patience=120)
+    assert running, f"it ended before it was killed:\n{(tmp_path / 'console.txt').read_text()}"
     done = run(*words)
     assert done.returncode == 0 and "auto-reload: continuing" in done.stdout, (
         (tmp_path / "console.txt").read_text() + done.stdout + done.stderr

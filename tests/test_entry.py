@@ -128,6 +128,14 @@ def test_a_lone_rank_leaves_with_its_own_exit_code(tmp_path: Path) -> None:
     assert "error: rank 1 of 2 could not join the process group" in done.stdout and "Traceback" not in done.stdout
 
 
+def test_main_starts_without_packages_that_only_some_runs_need() -> None:
+    program = (
+        "import main, sys; sys.exit(' '.join({'wandb', 'tensorboard', 'transformers', 'pandas'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "\n"
+
+
 def test_a_package_can_be_hidden_from_what_imports_it_if_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     with entry.not_installed("colorsys"), pytest.raises(ImportError):

@@ -415,13 +415,21 @@ def test_the_average_is_restored_on_resume(trained: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change, step", [((), 1), (("--seed", 1), 1), (("--repeated-aug-local",), 0), (("--no-repeated-aug",), 0)], ids=str
+    "change, step",
+    [
+        *(((), 1), (("--no-fast-loader",), 1)),
+        *((flags.split(), 0) for flags in ("--seed 1", "--repeated-aug-local", "--no-repeated-aug")),
+    ],
+    ids=str,
 )
-def test_an_epoch_starts_again_if_its_steps_would_have_other_images(
-    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: tuple, step: int
+@pytest.mark.parametrize("knows_the_flag", [True, False])
+def test_an_epoch_starts_again_if_its_steps_were_drawn_in_another_way(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: tuple, step: int, knows_the_flag: bool
 ) -> None:
     saved = dict(read_checkpoint(trained / "checkpoint.pth")) | {"epoch": 0, "step": 1, "meters": {"0": {}}}
     del saved["format"]  # only with it is a digest expected
+    if not knows_the_flag:
+        saved["args"] = {name: value for name, value in saved["args"].items() if name != "repeated_aug_local"}
     torch.save(saved, tmp_path / "within.pth")
     args = parse("--resume", tmp_path / "within.pth", "--batch-size", 4, *change)
     start = build.load_start(args, build.find_start(args), tiny_model("deit_small_12"), CPU)

@@ -166,7 +166,7 @@ def test_the_command_has_every_flag_that_training_depends_on() -> None:
     flags = [
         *("--opt", "muon", "--opt-kwargs", "nesterov=True", "ns_steps=6", "fallback_list=['head.*', '*.fc1.*']"),
         *("--unscale-lr", "--layer-decay", "0.7", "--lr-noise", "3", "4", "--three-augment", "--src"),
-        *("--bce-loss", "--smoothing", "0", "--reprob", "0"),
+        *("--bce-loss", "--smoothing", "0", "--reprob", "0", "--repeated-aug-local"),
     ]
     trained = vars(get_args_parser().parse_args(flags))
     command = model_card.as_command(model_card.recipe(trained | {"remedy": {}}), 1)
