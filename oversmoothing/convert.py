@@ -8,7 +8,7 @@ module gets that class. Elsewhere it gets a subclass of its own class, made by `
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,8 @@ UNFOLDED = {folded: plain for plain, folded in FeatScale.native_attention.items(
 
 # timm's model class -> the class it gets when one of its layers has a remedy built in. Subclasses are left as they are.
 FOLDED_MODELS = {VisionTransformer: FoldedVisionTransformer, Cait: FoldedCait}
+
+LARGEST = 1e6  # value of an option; larger ones, infinite ones too, give no finite logits
 
 Layers = slice | Sequence[int] | str | None
 Options = Mapping[str, Any]
@@ -104,6 +106,8 @@ def add_remedy(
             it. The model is then unchanged.
     """
     wanted = _parse(names, layers, options)
+    if not isinstance(model, nn.Module):
+        raise RemedyError(f"{model!r:.60} is no model: give one, such as timm.create_model(...)")
     found = find_layers(model)
     _refuse_converted(model)
     plan = _Plan(model, found)
@@ -244,6 +248,8 @@ def _parse(
         names = {name: {} for name in names}
     wanted = []
     for name, own in names.items():
+        if not isinstance(own, Mapping):
+            raise RemedyError(f"the options of {name} are {own!r}: give a mapping, such as {{'{name}': {{}}}}")
         cls, own = _find_remedy(name), {"layers": layers} | dict(own)
         spec = _plain_layers(own.pop("layers"))
         known = [option.name for option in dataclasses.fields(cls)]
@@ -257,11 +263,16 @@ def _parse(
 
 def _check_type(option: str, value: Any, default: Any) -> None:
     is_switch = isinstance(default, bool)
-    if isinstance(value, bool) != is_switch or not isinstance(value, bool | int | float | None):
+    is_value = isinstance(value, bool | int | float) or value is default is None
+    if isinstance(value, bool) != is_switch or not is_value:
         raise RemedyError(f"{option}={value!r} is not {'True or False' if is_switch else 'a number'}")
+    if value is not None and not abs(value) <= LARGEST:  # NaN too
+        raise RemedyError(f"{option}={value!r}: give a number of at most {LARGEST:.0f}, or of at least {-LARGEST:.0f}")
 
 
 def _plain_layers(layers: Layers) -> str | list[int] | None:
+    if not isinstance(layers, Iterable | slice | int | None) or isinstance(layers, bool):
+        raise RemedyError(f"layers={layers!r}: give a slice, indices, or a slice as text, such as '6:'")
     if isinstance(layers, slice):
         parts = [layers.start, layers.stop] + ([] if layers.step is None else [layers.step])
         layers = ":".join("" if part is None else str(part) for part in parts)
@@ -278,6 +289,8 @@ def _choose(found: list[Layer], spec: str | list[int] | None) -> list[Layer]:
             parts = [int(part) if part else None for part in spec.split(":")]
             chosen = found[slice(*parts)] if len(parts) > 1 else [found[parts[0]]]
         else:
+            if any(isinstance(index, bool) for index in spec):  # a mask; as numbers it would be layers 0 and 1
+                raise TypeError
             chosen = [found[index] for index in sorted({range(len(found))[index] for index in spec})]
     except (ValueError, TypeError, IndexError):
         raise RemedyError(

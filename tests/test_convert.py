@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import math
 import os
 import pickle
 import threading
@@ -261,6 +262,15 @@ def test_a_remedys_parameters_get_no_weight_decay_if_they_are_vectors() -> None:
         ("gfsa", dict(k=3), "gfsa has no option k; there are"),
         ("gfsa", dict(K="three"), "gfsa: K='three' is not a number"),
         ("gfsa", dict(learnable=1), "is not True or False"),
+        ("gfsa", dict(K=None), "gfsa: K=None is not a number"),
+        ("gfsa", dict(K=float("nan")), "gfsa: K=nan: give a number of at most 1000000"),
+        ("featscale", dict(gain=-math.inf), "featscale: gain=-inf: give a number"),
+        ("contranorm", dict(tau=0), "tau=0: give a temperature above 0"),
+        ("gated", dict(std=-1), "std=-1: give a standard deviation"),
+        ({"gfsa": 3}, {}, "the options of gfsa are 3: give a mapping"),
+        ("gfsa", dict(layers=[True, False, True]), "give a slice, indices below 3"),
+        ("gfsa", dict(layers=True), "layers=True: give a slice"),
+        ("gfsa", dict(layers=1.5), "layers=1.5: give a slice"),
         (["gfsa", "neutreno"], dict(K=3), "of which remedy"),
         (["gated", "reattention"], {}, "gated leaves none: name reattention first"),
         ("gfsa", dict(layers="7:"), "chooses none of the model's 3 layers"),
@@ -276,6 +286,11 @@ def test_a_refusal_is_a_sentence_and_changes_nothing(names: Any, kwargs: dict, m
     with pytest.raises(RemedyError, match=message):
         add_remedy(model, names, **kwargs)
     assert ([type(module) for module in model.modules()], list(model.state_dict()), set(vars(model))) == before
+
+
+def test_a_name_is_no_model() -> None:
+    with pytest.raises(RemedyError, match="'vit_tiny_patch16_224' is no model: give one"):
+        add_remedy("vit_tiny_patch16_224", "attnscale")
 
 
 def test_nothing_is_changed_if_the_second_of_two_is_refused() -> None:

@@ -46,6 +46,8 @@ class ContraNorm(NormRemedy):
     identity: bool = False
 
     def __post_init__(self) -> None:
+        if self.tau <= 0:
+            raise RemedyError(f"contranorm: tau={self.tau}: give a temperature above 0")
         if self.scale == 0 and (self.identity or self.positive) and self.learnable:
             raise RemedyError("contranorm: identity and positive need a scale above 0: at 0 they are no plain norm")
 

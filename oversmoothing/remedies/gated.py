@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..attention import Heads, split_heads
 from ..attention.windows import HieraKind, TwinsWindowKind
-from .base import AttentionRemedy, Layer, LayerShape, Operator, register_remedy
+from .base import AttentionRemedy, Layer, LayerShape, Operator, RemedyError, register_remedy
 
 
 @register_remedy
@@ -30,6 +30,10 @@ class Gated(AttentionRemedy):
     elementwise: bool = True
     gain: float = 2.0
     std: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.std < 0:
+            raise RemedyError(f"gated: std={self.std}: give a standard deviation of at least 0")
 
     def objection(self, model: nn.Module, layers: list[Layer]) -> str | None:
         """Refuses layers whose input tokens do not correspond to the tokens of the heads."""
