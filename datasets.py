@@ -197,7 +197,8 @@ def build_dataset(
 ) -> tuple[Dataset, int]:
     """Data set of the training or the evaluation images, and the number of classes.
 
-    With ``val_split``, the training set leaves out the images of :func:`build_held_out`.
+    With ``val_split``, the training set leaves out the images of :func:`build_held_out`. ``skip_bad_images`` is for
+    training: evaluation counts each image exactly once, and stops at one that it cannot read.
 
     Args:
         is_train: Whether to build the training set with its augmentation.
@@ -220,7 +221,8 @@ def build_dataset(
         dataset = Part(dataset, _split(dataset, options)[0])
     if not is_train and options.real_labels:
         dataset = WithRealLabels(dataset, options.real_labels)
-    return _skip_bad_images(dataset, options), len(dataset.classes)
+    classes = len(dataset.classes)
+    return (_skip_bad_images(dataset, options) if is_train else dataset), classes
 
 
 def build_held_out(
@@ -238,7 +240,7 @@ def build_held_out(
     """
     transform = transform or build_transform(False, options, data_config)
     dataset = _build_split(True, options, transform, load_image)
-    return _skip_bad_images(Part(dataset, _split(dataset, options)[1]), options)
+    return Part(dataset, _split(dataset, options)[1])
 
 
 def _build_split(

@@ -492,7 +492,14 @@ def _data(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="share of the resized image that evaluation keeps; default: the model's own (DeiT 224/256, CaiT 1)",
     )
-    group.add("--skip-bad-images", type=int, default=0, metavar="N", help="unreadable images to skip before stopping")
+    group.add(
+        "--skip-bad-images",
+        type=int,
+        default=0,
+        metavar="N",
+        help="training images that each process may replace because they cannot be read; an evaluation image is never "
+        "replaced",
+    )
     group.add("--download", action="store_true", help="fetch CIFAR, CIFAR10 or FMNIST into --data-path")
     group.add(
         "--val-split",

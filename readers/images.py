@@ -95,5 +95,5 @@ def _explain_image_errors(path: File) -> Iterator[None]:
         except Exception as error:  # on damaged files the decoders fail in any way
             raise BadImageError(
                 f"cannot read image {archives.shown(path)} ({archives.brief(error)}): repair or remove it, "
-                "or pass --skip-bad-images N to skip up to N such images"
+                "or pass --skip-bad-images N to skip up to N such training images"
             ) from error

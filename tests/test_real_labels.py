@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from imagenet_val import name_as_imagenet, write_real_labels
 from runs import tiny_tree
 from torch.utils.data import default_collate
@@ -75,16 +74,6 @@ def test_every_data_set_with_names_gives_the_same(kind: str, made: tuple[Path, P
         shards.read_info.cache_clear()
         options = options_of(address, real, data_set="wds", shard_cache=str(tmp_path / "cache"))
     assert labels_by_pixels(options) == expected
-
-
-def test_a_replaced_image_brings_its_own_labels(made: tuple[Path, Path], tmp_path: Path) -> None:
-    tree = shutil.copytree(made[0], tmp_path / "tree")
-    options = options_of(tree, made[1], skip_bad_images=1)
-    dataset, _ = build_dataset(False, options)
-    Path(dataset.dataset.samples[2][0]).write_bytes(b"no image")
-    with pytest.warns(UserWarning, match="skipped bad image"):
-        image, target = dataset[2]
-    assert torch.equal(image, dataset[3][0]) and torch.equal(target, dataset[3][1])
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from runs import TINY, call_main, tiny_tree
 from datasets import DataError, DataOptions, Part, build_dataset, build_held_out, fingerprint, split_by_class
 from options import ArgumentError, check_args, get_args_parser
 from oversmoothing.weights import read_checkpoint
+from readers.images import BadImageError
 
 PLAIN = ("--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--aa", "none", "--reprob", "0", "--no-repeated-aug")
 
@@ -89,7 +90,15 @@ def test_a_bad_image_is_not_replaced_by_one_that_is_held_out(tmp_path: Path) -> 
     after, expected = train.dataset.samples[number + 1]
     with pytest.warns(UserWarning, match="skipped bad image 1"):
         assert train[number][1] == expected
-    assert after not in files_of(build_held_out(replace(options, skip_bad_images=0)))
+    assert after not in files_of(build_held_out(options))
+
+
+def test_an_image_to_evaluate_on_is_never_replaced(tmp_path: Path) -> None:
+    options = replace(options_of(tiny_tree(tmp_path, train=24), share=0.5), skip_bad_images=1)
+    for dataset in (build_dataset(False, options)[0], build_held_out(options)):
+        Path(dataset.samples[0][0]).write_text("no image")
+        with pytest.raises(BadImageError, match="cannot read image .*: repair or remove it"):
+            dataset[0]
 
 
 def test_held_out_images_choose_the_checkpoint_and_the_test_set_is_logged_beside_them(
