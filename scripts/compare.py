@@ -137,6 +137,8 @@ def main(args: argparse.Namespace, flags: list[str]) -> int:
         if not args.report:
             run.prepare(study)
             failed = run.make_runs(runs, folder / "runs", build_launcher(args, study))
+        if {one.identity for one in failed} == {one.identity for one in runs}:
+            raise report.ReportError(f"{folder}: every run failed; the reasons are above")
         written = report.write(study, runs, folder, command=shlex.join(sys.argv))
     print(f"wrote {written}")
     if failed:

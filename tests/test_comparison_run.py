@@ -61,6 +61,8 @@ class FakeLauncher:
         assert 0 <= place < self.places and read_record(folder)["command"].startswith("main.py ")
         assert "--auto_reload" in words and words[words.index("--output_dir") + 1] == str(folder)
         self.started.append(run.folder)
+        if run.arm in self.broken:
+            (folder / "console.txt").write_text("began\nerror: it is broken\nfrom the launcher: exit code 1\n")
         return FakeJob(self, run, folder)
 
 
@@ -134,9 +136,8 @@ def test_a_failed_run_does_not_stop_the_others_and_is_tried_again(
     study = study_of(seeds=1)
     failed = make_runs(study.runs(), tmp_path, FakeLauncher(broken=("plain",)))
     assert [run.arm for run in failed] == ["plain"] and collect(study.runs(), tmp_path).missing == [failed[0].folder]
-    assert f"{failed[0].folder}: FAILED, exit code 1, see {tmp_path / failed[0].folder}/console.txt" in (
-        capsys.readouterr().out
-    )
+    expected = f"{failed[0].folder}: FAILED, exit code 1, error: it is broken, see {tmp_path / failed[0].folder}/"
+    assert expected in capsys.readouterr().out
     again = FakeLauncher()
     assert make_runs(study.runs(), tmp_path, again) == [] and again.started == [failed[0].folder]
 

@@ -1,6 +1,7 @@
 """Makes the runs of a study: several at a time, each once; a stopped run is continued."""
 
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -126,9 +127,9 @@ def make_runs(runs: list[Run], folder: Path, launcher: Launcher) -> list[Run]:
                 progress.update(sum(epochs_done(path) for path in folders.values()))
                 progress.runs = len(finished)
                 where = folders[run.identity]
-                progress.line(
-                    f"{where.name}: " + ("done" if good else f"FAILED, exit code {code}, see {where}/console.txt")
-                )
+                console = where / "console.txt"
+                failure = f"FAILED, exit code {code}{_reason(console)}, see {console}"
+                progress.line(f"{where.name}: " + ("done" if good else failure))
             progress.update(sum(epochs_done(path) for path in folders.values()))
     progress.bar.close()
     return failed
@@ -160,6 +161,15 @@ def _finish(run: Run, folder: Path, code: int) -> bool:
     complete = code == 0 and epochs_done(folder) == run.epochs
     write_record(folder, record | ({"finished": True} if complete else {"exit_code": code}))
     return complete
+
+
+def _reason(console: Path) -> str:
+    """The sentence with which a failed run ended, behind a comma; empty if there is none."""
+    try:
+        lines = console.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((f", {line}" for line in reversed(lines) if re.match(r"(\[rank \d+\] )?error: ", line)), "")
 
 
 @contextmanager
