@@ -20,8 +20,8 @@ from utils import Meters, WatchedLoader
 _logger = logging.getLogger(__name__)
 
 _WAY_OUT = (
-    "training stops, the last checkpoint is kept. Lower --lr, set --clip-grad 1 or use --amp-dtype bfloat16, and "
-    "continue from that checkpoint with --auto_reload"
+    "training stops, and the last checkpoint stays as it is, if there is one. Lower --lr, set --clip-grad 1 or use "
+    "--amp-dtype bfloat16, and continue with --auto_reload"
 )
 
 

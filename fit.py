@@ -336,6 +336,11 @@ def evaluate_with_ema(
                 ema.forget_tensors()  # a move replaces buffers
         of = "EMA" if prefix else "network"
         _logger.info(f"Accuracy of the {of} on the {len(loader.dataset)} {images} images: {result['acc1']:.3f}%")
+        if not math.isfinite(result["loss"]):
+            _logger.warning(
+                f"the {of}'s loss on these images is not finite: its weights are infinite or NaN, or its activations are "
+                "in this precision (--amp-dtype)"
+            )
         if "real_acc1" in result:
             count, accuracy = result["real_images"], result["real_acc1"]
             _logger.info(f"ReaL accuracy of the {of} on the {count} of them with ReaL labels: {accuracy:.3f}%")

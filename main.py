@@ -86,7 +86,7 @@ def run(
     ema = build.build_ema(args, start, model)
     if args.eval:
         stats = evaluate_with_ema(args, model, ema, loaders.val, world, amp_dtype, prepare=loaders.prepare_eval)
-        _logger.info(f"results: {json.dumps(stats)}")
+        _logger.info(f"results: {json.dumps(reporting.finite_or_none(stats))}")
         return
     trainer = build.build_trainer(args, start, model, ema, world, amp_dtype, loaders.prepare)
     build.release_weights(start)

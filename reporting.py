@@ -193,6 +193,11 @@ _NO_HPARAMS = frozenset({
 })  # fmt: skip
 
 
+def finite_or_none(stats: dict[str, float]) -> dict[str, float | None]:
+    """The same numbers, None in place of those that are not finite: JSON has none for them."""
+    return {name: value if math.isfinite(value) else None for name, value in stats.items()}
+
+
 def hyper_parameters(args: argparse.Namespace, effective_batch: int) -> dict[str, float | str]:
     """The flags that define a run, for TensorBoard's page of hyper-parameters: numbers, and text for all else.
 

@@ -288,8 +288,12 @@ def format_loaders(rows: list[dict[str, Any]]) -> str:
     return f"\n{first}\n\n{shares}\n\n{markdown.table(('loader', 'stage', 'ms an image'), stages, text_columns=2)}"
 
 
-def main() -> None:
+def cli() -> int:
     """Measures alone, without the other tables."""
+    return entry.explained(main, datasets.DataError, OSError)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", help="tree or archive of train/ and val/; left out: photographs are made")
     parser.add_argument("--size", type=int, nargs=2, metavar=("W", "H"), help="of these, in pixels; default 500 375")
@@ -312,4 +316,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    entry.run(cli)

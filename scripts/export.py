@@ -17,17 +17,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, so it runs from any folder
+
+import entry
+
+if __name__ == "__main__":
+    entry.answer_signals()  # during the imports below, which take seconds
+
 import timm
 import torch
 from safetensors.torch import load_file, save
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, so it runs from any folder
-
-
 import datasets
-import entry
 import models  # noqa: F401  (registers the zoo with timm)
 from options import ArgumentError, KeyValues
 from oversmoothing.fused.talking_heads import talking_heads_as_maps

@@ -16,6 +16,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, so it runs from any folder
+
+import entry
+
+if __name__ == "__main__":
+    entry.answer_signals()  # during the imports below, which take seconds
+
 import timm
 import torch
 from huggingface_hub import HfApi, constants, get_token
@@ -23,10 +30,7 @@ from huggingface_hub.errors import HTTPError
 from timm.models import save_for_hf
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, so it runs from any folder
-
 import checkpoints
-import entry
 import models
 import options
 import oversmoothing

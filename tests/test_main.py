@@ -477,6 +477,14 @@ def test_an_evaluation_of_a_new_head_is_refused(trained: Path, tmp_path: Path) -
     assert_one_clear_line(call_main(*words, code=2).stderr, "--eval --finetune", "3 classes, the model 5")
 
 
+def test_an_evaluation_of_weights_that_are_not_finite_says_so(data: Path, trained: Path, tmp_path: Path) -> None:
+    weights = dict(weights_of(trained)) | {"head.bias": torch.full((3,), torch.nan)}
+    torch.save(weights, tmp_path / "broken.pth")
+    done = call_main(*flags(data), "--eval", "--resume", tmp_path / "broken.pth")
+    assert "the network's loss on these images is not finite" in done.stdout + done.stderr
+    assert '"loss": null' in done.stdout
+
+
 def test_an_evaluation_takes_any_batch_size(trained: Path, data: Path) -> None:
     words = flags(data, None, "--model", "deit_small_12", "--eval", "--resume", trained / "checkpoint.pth")
     results = {re.search(r"\* Acc@1.*", call_main(*words, "--batch-size", size).stdout)[0] for size in ("1", "5", "8")}
