@@ -338,8 +338,8 @@ def evaluate_with_ema(
         _logger.info(f"Accuracy of the {of} on the {len(loader.dataset)} {images} images: {result['acc1']:.3f}%")
         if not math.isfinite(result["loss"]):
             _logger.warning(
-                f"the {of}'s loss on these images is not finite: its weights are infinite or NaN, or its activations are "
-                "in this precision (--amp-dtype)"
+                f"the {of}'s loss on these images is not finite: its weights are infinite or NaN, or its activations "
+                "are in this precision (--amp-dtype)"
             )
         if "real_acc1" in result:
             count, accuracy = result["real_images"], result["real_acc1"]

@@ -151,8 +151,8 @@ def _check_logits(what: str, model: nn.Module, size: int, classes: int) -> None:
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "")
         raise ModelError(
-            f"{what} takes no RGB images of {size} pixels ({type(error).__name__}: {reason}): give another "
-            "--input-size or --model-kwargs"
+            f"{what} takes no RGB images of {size} pixels ({type(error).__name__}: {reason}): change --input-size "
+            "or one of these flags"
         ) from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
