@@ -36,6 +36,7 @@ import models  # noqa: F401  (registers the zoo with timm)
 from datasets import DATA_SETS, build_transform
 from options import RANGES, KeyValues
 from oversmoothing import list_remedies
+from oversmoothing.analysis import probe
 from oversmoothing.analysis.figures import Picture
 from oversmoothing.analysis.layer_maps import draw_layer_maps, layer_map_rows, layer_maps
 from oversmoothing.analysis.measurement import measure
@@ -313,12 +314,15 @@ def check_input(subject: Subject, device: torch.device) -> None:
     """Passes one empty image through a model, before any image is read.
 
     Raises:
+        NonFiniteError: If its features are not finite.
         ValueError: If it does not take images of that size.
     """
     image = torch.zeros(1, 3, subject.input_size, subject.input_size, device=device)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), probe.visiting(subject.model, lambda view: None, finite=subject.label):
             subject.model(image)
+    except probe.NonFiniteError:
+        raise
     except Exception as error:  # a model's complaint can be of any kind
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(

@@ -307,8 +307,19 @@ def extract(args: argparse.Namespace, model: nn.Module, loader: DataLoader, worl
         dist.all_reduce(values)
         dist.all_reduce(labels)
     if not all(block.isfinite().all() for block in values.split(2**16)):
-        raise ValueError(f"a feature of the {name} images is not finite: take --bank-dtype and --amp-dtype float32")
+        raise ValueError(f"a feature of the {name} images is not finite: {not_finite_advice(args)}")
     return Features(values, labels)
+
+
+def not_finite_advice(args: argparse.Namespace) -> str:
+    """The way out where features are not finite: more precision, as long as there is more."""
+    low = [flag for flag in ("bank_dtype", "amp_dtype") if getattr(args, flag) != "float32"]
+    if low:
+        return f"take {' and '.join('--' + flag.replace('_', '-') for flag in low)} float32"
+    return (
+        "they are computed in float32, so the weights themselves are not finite or too large, as after a training run "
+        "that diverged: give another checkpoint"
+    )
 
 
 def progress(world: World, total: int, what: str) -> tqdm:

@@ -95,6 +95,24 @@ def test_minus_one_worker_is_one_for_each_core(case: tuple[Path, list[str]], mon
     assert [loader.num_workers for loader in loaders] == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        ((), "the weights themselves are not finite"),
+        (("--bank-dtype", "float16"), "take --bank-dtype float32"),
+        (("--bank-dtype", "float16", "--amp-dtype", "bfloat16"), "take --bank-dtype and --amp-dtype float32"),
+    ],
+)
+def test_features_that_are_not_finite_advise_precision_only_where_there_is_more(
+    flags: tuple[str, ...], advice: str, case: tuple[Path, list[str]], monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    checkpoint = torch.load(case[0] / "run.pth")
+    checkpoint["model"]["blocks.1.mlp.fc2.bias"][3] = torch.nan
+    torch.save(checkpoint, case[0] / "nan.pth")
+    words = (*case[1], "--resume", case[0] / "nan.pth", *flags)
+    assert advice in refused(probe_features.cli, words, monkeypatch, capsys)
+
+
 def test_knn_is_that_of_scikit_learn(one_process: tuple[dict[str, Any], dict[str, np.ndarray]]) -> None:
     results, saved = one_process
     assert [row["k"] for row in results["knn"]] == [1, 10, 20]  # of 100 there are not as many images

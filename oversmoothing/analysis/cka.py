@@ -196,7 +196,7 @@ def check_pool(models: Models, images: Iterable[Tensor], pool: str) -> None:
 
 def _pooled(label: str, model: nn.Module, images: Tensor, pool: str) -> list[Tensor]:
     """One (B, C) for each block."""
-    outputs = pooled_outputs(model, images, (pool,))
+    outputs = pooled_outputs(label, model, images, (pool,))
     if not all(pool in output for output in outputs):
         raise ValueError(f"{label} has no class token in its blocks: compare the mean of the patches")
     return [output[pool] for output in outputs]

@@ -44,7 +44,7 @@ def layer_maps(subject: Subject, image: Tensor, group: str) -> LayerMaps:
         if values is not None:
             found[view.layer.name] = values.float().cpu()
 
-    with torch.inference_mode(), probe.visiting(subject.model, visit):
+    with torch.inference_mode(), probe.visiting(subject.model, visit, finite=subject.label):
         subject.model(image[None])
     return LayerMaps(subject.label, subject.as_picture(image), found)
 

@@ -109,7 +109,7 @@ def probe_layers(models: Models, batches: Iterable[Any], *, seed: int = 0) -> Li
         for inputs, targets in inputs_and_labels(batches, list(models.values()), "a linear probe"):
             labels.append(targets.cpu())
             for (label, model), images in zip(models.items(), inputs, strict=True):
-                outputs = pooled_outputs(model, images, tuple(POOLS))
+                outputs = pooled_outputs(label, model, images, tuple(POOLS))
                 kept = features.setdefault(label, [{} for _ in outputs])
                 for layer, output in zip(kept, outputs, strict=True):
                     for pool, values in output.items():

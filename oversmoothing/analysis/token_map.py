@@ -48,7 +48,7 @@ def token_map(subject: Subject, image: Tensor, layer: int) -> TokenMap:
         if view.index == layer:
             seen.append((view.attention_maps(), view.grid))
 
-    with torch.inference_mode(), probe.visiting(subject.model, visit):
+    with torch.inference_mode(), probe.visiting(subject.model, visit, finite=subject.label):
         subject.model(image[None])
     maps, grid = seen[0]
     rows_columns = grid or probe.patch_grid(subject.model, image[None])
