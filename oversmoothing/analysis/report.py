@@ -71,7 +71,7 @@ def write_analysis(
             write_csv(folder / "differences.csv", differences)
         pictures = [*draw_all(results), *pictures]
     for item in pictures:
-        item.figure.savefig(folder / item.file, dpi=130)
+        item.figure.savefig(folder / item.file, dpi=130, bbox_inches="tight")  # or long names would be cut
     report = folder / "report.html"
     report.write_text(render_report(results, pictures, folder, settings), encoding="utf-8")
     return report
