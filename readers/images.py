@@ -20,6 +20,7 @@ MAX_ASPECT = 100  # of the longer side to the shorter, which an evaluation resiz
 # made to exhaust memory has more than PIXELS_A_BYTE pixels a byte.
 PLAIN_PIXELS, PIXELS_A_BYTE = 1 << 24, 1000
 File = str | Member
+OR_SKIP = ", or pass --skip-bad-images N to skip up to N such images"  # the end of a sentence; not all commands have it
 
 
 class BadImageError(DataError):
@@ -94,6 +95,5 @@ def _explain_image_errors(path: File) -> Iterator[None]:
             raise
         except Exception as error:  # on damaged files the decoders fail in any way
             raise BadImageError(
-                f"cannot read image {archives.shown(path)} ({archives.brief(error)}): repair or remove it, "
-                "or pass --skip-bad-images N to skip up to N such images"
+                f"cannot read image {archives.shown(path)} ({archives.brief(error)}): repair or remove it{OR_SKIP}"
             ) from error

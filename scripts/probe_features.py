@@ -41,9 +41,10 @@ from datasets import DATA_SETS, DataError, DataOptions, build_dataset, build_tra
 from options import RANGES, Interval, KeyValues
 from oversmoothing import remedies_of, remedy_options
 from oversmoothing.weights import create_model, model_from_checkpoint, read_checkpoint, trained_with
-from readers.loader import build_loader, explain_loader_errors, start_workers
+from readers.loader import build_loader, start_workers
 from samplers import build_samplers
 from scripts import markdown
+from scripts.explanations import explain_images, why_unwritable
 from scripts.feature_probes import ROWS, Features, count_correct, fit_linear, knn_correct
 from utils import SetupError, World
 
@@ -163,6 +164,8 @@ def check_args(args: argparse.Namespace) -> None:
         if path and (path.suffix != suffix or not path.parent.is_dir() or path.is_dir()):
             flag = f"--{name.replace('_', '-')}"
             problems.append(f"{flag} {path}: give a file that ends in {suffix}, in a folder that is there")
+        elif path and (reason := why_unwritable(path)):
+            problems.append(f"--{name.replace('_', '-')} {path} cannot be written ({reason}): give another file")
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -433,7 +436,7 @@ def main(args: argparse.Namespace) -> None:
     # Loader processes are forked before this one has threads, as in main.py.
     loaders, classes = build_loaders(args, size, resolve_data_config({}, model=model), world)
     model.to(world.device)
-    with explain_loader_errors(), utils.process_group(args.device, args.dist_url, args.dist_timeout):
+    with explain_images(), utils.process_group(args.device, args.dist_url, args.dist_timeout):
         train, val = (
             extract(args, model, loader, world, name) for loader, name in zip(loaders, ("train", "val"), strict=True)
         )

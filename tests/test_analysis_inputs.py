@@ -37,6 +37,15 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
         measured("--data-path", tmp_path, "--model", "vit_tiny_patch16_224", *SMALL)
 
 
+def test_a_folder_that_is_not_there_is_said_not_to_exist(tmp_path: Path) -> None:
+    model = ("--model", "vit_tiny_patch16_224", *SMALL)
+    with pytest.raises(DataError, match="--data-path .*nowhere does not exist"):
+        measured("--data-path", tmp_path / "nowhere", *model)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="--data-path .*file is a file"):
+        measured("--data-path", tmp_path / "file", *model)
+
+
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "attnscale.pth"
     torch.save({"model": timm.create_model("attnscale_small_12", num_classes=7, **KWARGS).state_dict()}, file)

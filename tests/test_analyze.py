@@ -140,6 +140,33 @@ def test_a_model_whose_features_are_not_finite_is_refused_before_any_image_is_re
     assert "mine: the features are not finite" in line and "from blocks.1 on" in line
 
 
+def test_files_that_are_not_there_or_cannot_be_written_are_refused_before_a_model_is_built(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(analyze, "build_subjects", lambda *args: pytest.fail("a model was built"))
+    given = ("--model", "vit_tiny_patch16_224", *SMALL, "--data-path", photos, "--output_dir")
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "out", "/proc"):
+        assert f"--output_dir {folder} cannot be written (" in refused(
+            analyze.cli, (*given, folder), monkeypatch, capsys
+        )
+    line = refused(analyze.cli, (*given, tmp_path, "--image", tmp_path / "none.jpg"), monkeypatch, capsys)
+    assert line == f"error: --image {tmp_path / 'none.jpg'}: there is no such file"
+    line = refused(analyze.cli, (*given, tmp_path, "--image", tmp_path / "file"), monkeypatch, capsys)
+    assert line.startswith(f"error: cannot read image {tmp_path / 'file'}") and line.endswith(": repair or remove it")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_one_sentence_without_flags_of_other_commands(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    damaged = write_photos(tmp_path) / "0.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    given = ("--model", "vit_tiny_patch16_224", *SMALL, "--data-path", tmp_path, "--num_workers", workers)
+    line = refused(analyze.cli, (*given, "--output_dir", tmp_path / "out"), monkeypatch, capsys)
+    assert line.startswith(f"error: cannot read image {damaged} (") and line.endswith("): repair or remove it")
+
+
 def test_images_that_make_the_features_infinite_are_refused() -> None:
     subject = subject_of("vit_tiny_patch16_224")
     images = torch.full((2, 3, 32, 32), float("inf"))

@@ -1,6 +1,7 @@
 """k-NN and linear probes: every number is scikit-learn's on the saved features, on one process and on two."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,18 @@ def test_features_that_are_not_finite_advise_precision_only_where_there_is_more(
     torch.save(checkpoint, case[0] / "nan.pth")
     words = (*case[1], "--resume", case[0] / "nan.pth", *flags)
     assert advice in refused(probe_features.cli, words, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_one_sentence_without_flags_of_other_commands(
+    workers: int, case: tuple[Path, list[str]], tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(case[0] / "data", tmp_path / "data")
+    damaged = sorted((tmp_path / "data" / "val").glob("*/*"))[3]
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    words = (*case[1], "--data-path", tmp_path / "data", "--num_workers", workers, "--no-linear")
+    line = refused(probe_features.cli, words, monkeypatch, capsys)
+    assert line.startswith(f"error: cannot read image {damaged} (") and line.endswith("): repair or remove it")
 
 
 def test_knn_is_that_of_scikit_learn(one_process: tuple[dict[str, Any], dict[str, np.ndarray]]) -> None:
@@ -270,6 +283,7 @@ def test_any_model_has_its_features(name: str, kwargs: dict, cls: Any, patches: 
         (("--data-set", "IMNET-V2"), "--data-path"),
         (("--save-features", "{folder}/x.npy"), "x.npy: give a file that ends in .npz"),
         (("--results-file", "/nowhere/x.json"), "--results-file /nowhere/x.json"),
+        (("--results-file", "/proc/x.json"), "--results-file /proc/x.json cannot be written"),
         (("--held-out", "0.5", "--data-path", "{folder}/single"), "--held-out 0.5: class 0 has one image"),
     ],
 )
