@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,9 @@ def check_args(args: argparse.Namespace) -> None:
                 problems.append(f"--{name.replace('_', '-')} {value}: give a number {interval}")
     if not args.model and not args.resume:
         problems.append("--model is missing: name a model of this zoo or of timm, or give --resume FILE")
+    if args.model and not timm.is_model(args.model):
+        near = ", ".join(get_close_matches(args.model, timm.list_models(), n=4, cutoff=0.5)) or "none"
+        problems.append(f"--model {args.model}: neither this zoo nor timm knows it; near: {near}")
     if args.resume and args.pretrained:
         problems.append(f"--resume {args.resume} and --pretrained exclude each other")
     if args.ema and not args.resume:

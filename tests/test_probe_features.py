@@ -276,7 +276,7 @@ def test_any_model_has_its_features(name: str, kwargs: dict, cls: Any, patches: 
         (("--held-out", "1"), "--held-out 1.0"),
         (("--batch-size", "0"), "--batch-size 0"),
         (("--device", "foo"), "--device 'foo'"),
-        (("--model", "foo"), "foo"),
+        (("--model", "deit_smal_12"), "neither this zoo nor timm knows it; near: deit_small_12"),
         (("--remedy", "foo"), "foo"),
         (("--pretrained",), "--pretrained exclude each other"),
         (("--data-path", "{folder}/nowhere"), "nowhere does not exist"),
