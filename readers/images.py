@@ -20,6 +20,8 @@ MAX_ASPECT = 100  # of the longer side to the shorter, which an evaluation resiz
 # made to exhaust memory has more than PIXELS_A_BYTE pixels a byte.
 PLAIN_PIXELS, PIXELS_A_BYTE = 1 << 24, 1000
 File = str | Member
+# The end of a sentence; commands that do not train lack the flag.
+OR_SKIP = ", or pass --skip-bad-images N to skip up to N such training images"
 
 
 class BadImageError(DataError):
@@ -94,6 +96,5 @@ def _explain_image_errors(path: File) -> Iterator[None]:
             raise
         except Exception as error:  # on damaged files the decoders fail in any way
             raise BadImageError(
-                f"cannot read image {archives.shown(path)} ({archives.brief(error)}): repair or remove it, "
-                "or pass --skip-bad-images N to skip up to N such training images"
+                f"cannot read image {archives.shown(path)} ({archives.brief(error)}): repair or remove it{OR_SKIP}"
             ) from error

@@ -25,10 +25,12 @@ class ImageFiles(Dataset):
         transform: Applied to the RGB image.
 
     Raises:
-        DataError: If there are no images.
+        DataError: If there is no such folder, or no image in it.
     """
 
     def __init__(self, root: Path, transform: Callable[[Any], Tensor]) -> None:
+        if not root.is_dir():
+            raise DataError(f"--data-path {root} {'is a file' if root.exists() else 'does not exist'}: give a folder")
         root = root / "val" if (root / "val").is_dir() else root
         self.files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
         self.transform = transform

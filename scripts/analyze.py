@@ -36,6 +36,7 @@ import models  # noqa: F401  (registers the zoo with timm)
 from datasets import DATA_SETS, build_transform
 from options import RANGES, KeyValues
 from oversmoothing import list_remedies
+from oversmoothing.analysis import probe
 from oversmoothing.analysis.figures import Picture
 from oversmoothing.analysis.layer_maps import draw_layer_maps, layer_map_rows, layer_maps
 from oversmoothing.analysis.measurement import measure
@@ -47,6 +48,7 @@ from oversmoothing.analysis.token_map import draw_token_maps, token_map, token_m
 from readers.images import load_image
 from scripts import analysis_studies
 from scripts.analysis_images import build_loader, options_of
+from scripts.explanations import explain_images, why_unwritable
 from utils import SetupError, resolve_device
 
 
@@ -290,6 +292,8 @@ def main(args: argparse.Namespace) -> Path:
         ValueError: With one sentence about the flag, the model or the data at fault.
     """
     check_args(args)
+    folder = Path(args.output_dir)
+    check_files(args, folder)
     device = torch.device(resolve_device(args.device))
     subjects = build_subjects(args, device)
     for subject in subjects:
@@ -299,26 +303,47 @@ def main(args: argparse.Namespace) -> Path:
         if subject.weights == RANDOM_WEIGHTS:
             print(f"note: {subject.label} has random weights: give it --resume or --pretrained", file=sys.stderr)
     analysis_studies.check_models(args, subjects, device)
-    folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    results = measure_images(args, subjects, device)
-    pictures = draw_image(args, subjects, device, folder) if args.image else []
-    if args.cka or args.probe or args.sweep:
-        pictures += analysis_studies.run_studies(args, subjects, passes(args, subjects, device), folder)
+    with explain_images():
+        results = measure_images(args, subjects, device)
+        pictures = draw_image(args, subjects, device, folder) if args.image else []
+        if args.cka or args.probe or args.sweep:
+            pictures += analysis_studies.run_studies(args, subjects, passes(args, subjects, device), folder)
     settings = describe_settings(args, device, results[0].num_images if results else 0)
     return write_analysis(results, folder, settings, pictures)
+
+
+def check_files(args: argparse.Namespace, folder: Path) -> None:
+    """Reads ``--image`` and tries ``--output_dir``, or where it will be made, before anything that takes time.
+
+    Raises:
+        DataError: If the image cannot be read.
+        ValueError: If there is no such image, or the folder cannot be made or written.
+    """
+    if args.image and not Path(args.image).is_file():
+        raise ValueError(f"--image {args.image}: there is no such file")
+    if args.image:
+        with explain_images():
+            load_image(args.image)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    reason = why_unwritable(there) if there.is_dir() else f"{there} is a file"
+    if reason:
+        raise ValueError(f"--output_dir {folder} cannot be written ({reason}): give another folder")
 
 
 def check_input(subject: Subject, device: torch.device) -> None:
     """Passes one empty image through a model, before any image is read.
 
     Raises:
+        NonFiniteError: If its features are not finite.
         ValueError: If it does not take images of that size.
     """
     image = torch.zeros(1, 3, subject.input_size, subject.input_size, device=device)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), probe.visiting(subject.model, lambda view: None, finite=subject.label):
             subject.model(image)
+    except probe.NonFiniteError:
+        raise
     except Exception as error:  # a model's complaint can be of any kind
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(

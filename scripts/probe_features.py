@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,10 @@ from datasets import DATA_SETS, DataError, DataOptions, build_dataset, build_tra
 from options import RANGES, Interval, KeyValues
 from oversmoothing import remedies_of, remedy_options
 from oversmoothing.weights import create_model, model_from_checkpoint, read_checkpoint, trained_with
-from readers.loader import build_loader, explain_loader_errors, start_workers
+from readers.loader import build_loader, start_workers
 from samplers import build_samplers
 from scripts import markdown
+from scripts.explanations import explain_images, why_unwritable
 from scripts.feature_probes import ROWS, Features, count_correct, fit_linear, knn_correct
 from utils import SetupError, World
 
@@ -154,6 +156,9 @@ def check_args(args: argparse.Namespace) -> None:
                 problems.append(f"--{name.replace('_', '-')} {value}: give a number {interval}")
     if not args.model and not args.resume:
         problems.append("--model is missing: name a model of this zoo or of timm, or give --resume FILE")
+    if args.model and not timm.is_model(args.model):
+        near = ", ".join(get_close_matches(args.model, timm.list_models(), n=4, cutoff=0.5)) or "none"
+        problems.append(f"--model {args.model}: neither this zoo nor timm knows it; near: {near}")
     if args.resume and args.pretrained:
         problems.append(f"--resume {args.resume} and --pretrained exclude each other")
     if args.ema and not args.resume:
@@ -163,6 +168,8 @@ def check_args(args: argparse.Namespace) -> None:
         if path and (path.suffix != suffix or not path.parent.is_dir() or path.is_dir()):
             flag = f"--{name.replace('_', '-')}"
             problems.append(f"{flag} {path}: give a file that ends in {suffix}, in a folder that is there")
+        elif path and (reason := why_unwritable(path)):
+            problems.append(f"--{name.replace('_', '-')} {path} cannot be written ({reason}): give another file")
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -307,8 +314,19 @@ def extract(args: argparse.Namespace, model: nn.Module, loader: DataLoader, worl
         dist.all_reduce(values)
         dist.all_reduce(labels)
     if not all(block.isfinite().all() for block in values.split(2**16)):
-        raise ValueError(f"a feature of the {name} images is not finite: take --bank-dtype and --amp-dtype float32")
+        raise ValueError(f"a feature of the {name} images is not finite: {not_finite_advice(args)}")
     return Features(values, labels)
+
+
+def not_finite_advice(args: argparse.Namespace) -> str:
+    """The way out where features are not finite: more precision, as long as there is more."""
+    low = [flag for flag in ("bank_dtype", "amp_dtype") if getattr(args, flag) != "float32"]
+    if low:
+        return f"take {' and '.join('--' + flag.replace('_', '-') for flag in low)} float32"
+    return (
+        "they are computed in float32, so the weights themselves are not finite or too large, as after a training run "
+        "that diverged: give another checkpoint"
+    )
 
 
 def progress(world: World, total: int, what: str) -> tqdm:
@@ -422,7 +440,7 @@ def main(args: argparse.Namespace) -> None:
     # Loader processes are forked before this one has threads, as in main.py.
     loaders, classes = build_loaders(args, size, resolve_data_config({}, model=model), world)
     model.to(world.device)
-    with explain_loader_errors(), utils.process_group(args.device, args.dist_url, args.dist_timeout):
+    with explain_images(), utils.process_group(args.device, args.dist_url, args.dist_timeout):
         train, val = (
             extract(args, model, loader, world, name) for loader, name in zip(loaders, ("train", "val"), strict=True)
         )

@@ -13,11 +13,14 @@ import pytest
 import timm
 import torch
 from subjects import KWARGS, NUM_IMAGES, SMALL, assert_equal_results, dense_maps, measured, subject_of, write_photos
+from test_scripts import refused
 
 import options
 from datasets import DataOptions, build_transform
 from oversmoothing.analysis import spectrum
 from oversmoothing.analysis.measurement import Measurement
+from oversmoothing.analysis.pooled import pooled_outputs
+from oversmoothing.analysis.probe import NonFiniteError
 from oversmoothing.analysis.quantities import DEFAULT, GROUPS
 from oversmoothing.weights import load_weights, read_checkpoint
 from scripts import analysis_images, analyze
@@ -120,6 +123,57 @@ def test_all_wrong_flags_are_named_at_once() -> None:
         analyze.check_args(args)
     for flag in ("--model vit_tinny", "--batch-size", "--data-path"):
         assert flag in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e25])
+def test_a_model_whose_features_are_not_finite_is_refused_before_any_image_is_read(
+    value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", **KWARGS)
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.bias[3] = value
+    torch.save({"model": model.state_dict()}, tmp_path / "bad.pth")
+    given = ("--model", "vit_tiny_patch16_224", *SMALL, "--resume", tmp_path / "bad.pth", "--label", "mine")
+    line = refused(
+        analyze.cli, (*given, "--data-path", tmp_path, "--output_dir", tmp_path / "out"), monkeypatch, capsys
+    )
+    assert "mine: the features are not finite" in line and "from blocks.1 on" in line
+
+
+def test_files_that_are_not_there_or_cannot_be_written_are_refused_before_a_model_is_built(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(analyze, "build_subjects", lambda *args: pytest.fail("a model was built"))
+    given = ("--model", "vit_tiny_patch16_224", *SMALL, "--data-path", photos, "--output_dir")
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "out", "/proc"):
+        assert f"--output_dir {folder} cannot be written (" in refused(
+            analyze.cli, (*given, folder), monkeypatch, capsys
+        )
+    line = refused(analyze.cli, (*given, tmp_path, "--image", tmp_path / "none.jpg"), monkeypatch, capsys)
+    assert line == f"error: --image {tmp_path / 'none.jpg'}: there is no such file"
+    line = refused(analyze.cli, (*given, tmp_path, "--image", tmp_path / "file"), monkeypatch, capsys)
+    assert line.startswith(f"error: cannot read image {tmp_path / 'file'}") and line.endswith(": repair or remove it")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_one_sentence_without_flags_of_other_commands(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    damaged = write_photos(tmp_path) / "0.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    given = ("--model", "vit_tiny_patch16_224", *SMALL, "--data-path", tmp_path, "--num_workers", workers)
+    line = refused(analyze.cli, (*given, "--output_dir", tmp_path / "out"), monkeypatch, capsys)
+    assert line.startswith(f"error: cannot read image {damaged} (") and line.endswith("): repair or remove it")
+
+
+def test_images_that_make_the_features_infinite_are_refused() -> None:
+    subject = subject_of("vit_tiny_patch16_224")
+    images = torch.full((2, 3, 32, 32), float("inf"))
+    with pytest.raises(NonFiniteError, match="not finite.* from blocks.0 on"):
+        Measurement(subject).update(images)
+    with pytest.raises(NonFiniteError, match="ours: .* from blocks.0 on"):
+        pooled_outputs("ours", subject.model, images, ("patches",))
 
 
 def test_numbers_equal_those_of_the_dense_attention_maps(output: Path, photos: Path, attnscale_file: Path) -> None:

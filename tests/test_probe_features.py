@@ -1,6 +1,7 @@
 """k-NN and linear probes: every number is scikit-learn's on the saved features, on one process and on two."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,36 @@ def test_minus_one_worker_is_one_for_each_core(case: tuple[Path, list[str]], mon
     args = probe_features.get_parser().parse_args([*case[1], "--num_workers", "-1"])
     loaders, _ = probe_features.build_loaders(args, 32, {}, World(0, 0, 1, torch.device("cpu")))
     assert [loader.num_workers for loader in loaders] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        ((), "the weights themselves are not finite"),
+        (("--bank-dtype", "float16"), "take --bank-dtype float32"),
+        (("--bank-dtype", "float16", "--amp-dtype", "bfloat16"), "take --bank-dtype and --amp-dtype float32"),
+    ],
+)
+def test_features_that_are_not_finite_advise_precision_only_where_there_is_more(
+    flags: tuple[str, ...], advice: str, case: tuple[Path, list[str]], monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    checkpoint = torch.load(case[0] / "run.pth")
+    checkpoint["model"]["blocks.1.mlp.fc2.bias"][3] = torch.nan
+    torch.save(checkpoint, case[0] / "nan.pth")
+    words = (*case[1], "--resume", case[0] / "nan.pth", *flags)
+    assert advice in refused(probe_features.cli, words, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_one_sentence_without_flags_of_other_commands(
+    workers: int, case: tuple[Path, list[str]], tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(case[0] / "data", tmp_path / "data")
+    damaged = sorted((tmp_path / "data" / "val").glob("*/*"))[3]
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    words = (*case[1], "--data-path", tmp_path / "data", "--num_workers", workers, "--no-linear")
+    line = refused(probe_features.cli, words, monkeypatch, capsys)
+    assert line.startswith(f"error: cannot read image {damaged} (") and line.endswith("): repair or remove it")
 
 
 def test_knn_is_that_of_scikit_learn(one_process: tuple[dict[str, Any], dict[str, np.ndarray]]) -> None:
@@ -245,13 +276,14 @@ def test_any_model_has_its_features(name: str, kwargs: dict, cls: Any, patches: 
         (("--held-out", "1"), "--held-out 1.0"),
         (("--batch-size", "0"), "--batch-size 0"),
         (("--device", "foo"), "--device 'foo'"),
-        (("--model", "foo"), "foo"),
+        (("--model", "deit_smal_12"), "neither this zoo nor timm knows it; near: deit_small_12"),
         (("--remedy", "foo"), "foo"),
         (("--pretrained",), "--pretrained exclude each other"),
         (("--data-path", "{folder}/nowhere"), "nowhere does not exist"),
         (("--data-set", "IMNET-V2"), "--data-path"),
         (("--save-features", "{folder}/x.npy"), "x.npy: give a file that ends in .npz"),
         (("--results-file", "/nowhere/x.json"), "--results-file /nowhere/x.json"),
+        (("--results-file", "/proc/x.json"), "--results-file /proc/x.json cannot be written"),
         (("--held-out", "0.5", "--data-path", "{folder}/single"), "--held-out 0.5: class 0 has one image"),
     ],
 )

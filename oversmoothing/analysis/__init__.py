@@ -23,7 +23,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .inputs import by_label
+from .inputs import by_label, images_of
 from .measurement import measure
 from .probe import UnsupportedModelError, evaluating, layer_report
 from .quantities import DEFAULT, choose
@@ -62,6 +62,7 @@ def analyze(
         patches_only: Whether class, distillation and register tokens are left out of the feature quantities.
 
     Raises:
+        TypeError: If the models are not given as one, or by their labels, or a batch has no tensor of images.
         UnsupportedModelError: If a model's attention cannot be recomputed.
         ValueError: If there are no batches, or a group is unknown.
     """
@@ -70,7 +71,7 @@ def analyze(
     groups = choose(quantities)
     models = by_label(models)
     needs_images = any(group.needs_images for group in groups)
-    images = (batch if isinstance(batch, Tensor) else batch[0] for batch in (batches if needs_images else ()))
+    images = map(images_of, batches if needs_images else ())
     first = next(images, None)
     if first is None and needs_images:
         raise ValueError("no batches to analyse: give images, or a loader of a data set that is not empty")

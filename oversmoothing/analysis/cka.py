@@ -9,7 +9,7 @@ import torch
 from matplotlib.colors import Normalize
 from torch import Tensor, nn
 
-from .figures import SEQUENTIAL, Picture, panels
+from .figures import SEQUENTIAL, Picture, fold, panel_title, panels
 from .inputs import Models, by_label, inputs_and_labels
 from .pooled import POOLS, pooled_outputs
 from .probe import evaluating, find_layers
@@ -196,7 +196,7 @@ def check_pool(models: Models, images: Iterable[Tensor], pool: str) -> None:
 
 def _pooled(label: str, model: nn.Module, images: Tensor, pool: str) -> list[Tensor]:
     """One (B, C) for each block."""
-    outputs = pooled_outputs(model, images, (pool,))
+    outputs = pooled_outputs(label, model, images, (pool,))
     if not all(pool in output for output in outputs):
         raise ValueError(f"{label} has no class token in its blocks: compare the mean of the patches")
     return [output[pool] for output in outputs]
@@ -215,9 +215,9 @@ def draw_cka(cka: CKA) -> Any:
     for ax, (first, second) in zip(axes.flat, pairs, strict=False):
         table = cka.between(first, second)
         image = ax.imshow(table.numpy(), origin="lower", cmap=SEQUENTIAL, norm=scale, interpolation="nearest")
-        ax.set_title(first if first == second else f"{first} (rows), {second} (columns)", fontsize=10, wrap=True)
-        ax.set_xlabel(f"layer of {second}")
-        ax.set_ylabel(f"layer of {first}")
+        panel_title(ax, first if first == second else f"{first} (rows), {second} (columns)", inches=0.75 * side)
+        ax.set_xlabel(fold(f"layer of {second}", 0.65 * side))
+        ax.set_ylabel(fold(f"layer of {first}", 0.65 * side))
         ax.set_xticks(range(table.shape[1]))
         ax.set_yticks(range(table.shape[0]))
         ax.tick_params(labelsize=min(9, 150 / deepest))

@@ -12,9 +12,17 @@ def by_label(models: Models) -> dict[str, nn.Module]:
     """Models by their labels; of a single one the name of its class.
 
     Raises:
+        TypeError: If it is neither a model nor models by their labels.
         ValueError: If there is none.
     """
-    found = {type(models).__name__: models} if isinstance(models, nn.Module) else dict(models)
+    if isinstance(models, nn.Module):
+        return {type(models).__name__: models}
+    if not isinstance(models, Mapping) or not all(isinstance(model, nn.Module) for model in models.values()):
+        found = type(models).__name__
+        if isinstance(models, Mapping):
+            found += " of " + ", ".join(dict.fromkeys(type(model).__name__ for model in models.values()))
+        raise TypeError(f'models: give a model, or several by their labels as {{"plain": model}}, not a {found}')
+    found = dict(models)
     if not found:
         raise ValueError("no models to analyse: give one, or several by their labels")
     return found
@@ -32,20 +40,39 @@ def inputs_and_labels(
         labelled: What needs labels, for the message; empty: nothing does.
 
     Raises:
+        TypeError: If a batch has no tensor of images.
         ValueError: If there are no batches, labels are needed but missing, or labels are not class indices.
     """
     devices = [next(model.parameters()).device for model in models]
     empty = True
     for batch in batches:
         empty = False
-        images, *rest = (batch,) if isinstance(batch, Tensor) else batch
-        labels = rest[0] if rest else None
+        several = isinstance(batch, tuple | list) and batch and isinstance(batch[0], tuple | list)
+        images = batch[0] if several else images_of(batch)
+        labels = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
         images = [images] * len(models) if isinstance(images, Tensor) else images
         if labelled:
             _check_labels(labels, len(images[0]), labelled)
         yield [x.to(device) for x, device in zip(images, devices, strict=True)], labels
     if empty:
         raise ValueError("no batches to analyse: give images, or a loader of a data set that is not empty")
+
+
+def images_of(batch: Any) -> Tensor:
+    """The images (B, 3, H, W) of a batch: the batch itself, or the first of a tuple or list.
+
+    Raises:
+        TypeError: If there are none.
+    """
+    images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        found = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        keys = f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+        raise TypeError(
+            "batches: give images as tensors (B, 3, H, W), or tuples that begin with them (of a dictionary, its "
+            f"images alone: batch['pixel_values']), not {found}{keys}"
+        )
+    return images
 
 
 def _check_labels(labels: Any, count: int, labelled: str) -> None:

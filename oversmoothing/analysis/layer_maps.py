@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from . import probe
-from .figures import SEQUENTIAL, panels
+from .figures import SEQUENTIAL, fold, panel_title, panels
 from .quantities import GROUPS
 from .subject import Subject
 
@@ -44,7 +44,7 @@ def layer_maps(subject: Subject, image: Tensor, group: str) -> LayerMaps:
         if values is not None:
             found[view.layer.name] = values.float().cpu()
 
-    with torch.inference_mode(), probe.visiting(subject.model, visit):
+    with torch.inference_mode(), probe.visiting(subject.model, visit, finite=subject.label):
         subject.model(image[None])
     return LayerMaps(subject.label, subject.as_picture(image), found)
 
@@ -66,14 +66,17 @@ def draw_layer_maps(items: Sequence[LayerMaps], label: str) -> Figure:
     top = 0
     for item, blocks, count in zip(items, chosen, rows, strict=True):
         axes[top, 0].imshow(item.picture.numpy())
-        axes[top, 0].set_title(item.label, fontsize=9, wrap=True)
+        panel_title(axes[top, 0], item.label, fontsize=9, inches=1.3)
+        more_lines = axes[top, 0].get_title().count("\n")
+        figure.set_figheight(figure.get_figheight() + more_lines * 0.15)
         values = [item.maps[block] for block in blocks]
         scale = Normalize(min(v.min().item() for v in values), max(v.max().item() for v in values))
         for index, (block, value) in enumerate(zip(blocks, values, strict=True)):
             ax = axes[top + index // (columns - 1), 1 + index % (columns - 1)]
             ax.imshow(value.numpy(), cmap=SEQUENTIAL, norm=scale, interpolation="nearest")
-            ax.set_title(block, fontsize=8)
-        figure.colorbar(ScalarMappable(scale, SEQUENTIAL), ax=axes[top : top + count], label=label, shrink=0.9)
+            panel_title(ax, block, fontsize=8, inches=1.3)
+        bar = figure.colorbar(ScalarMappable(scale, SEQUENTIAL), ax=axes[top : top + count], shrink=0.9)
+        bar.set_label(fold(label, 1.4 * count, fontsize=8), fontsize=8)
         top += count
     return figure
 

@@ -11,7 +11,7 @@ from sklearn.linear_model import RidgeClassifierCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from .figures import Picture, layer_axis, line_style, panels
+from .figures import Picture, layer_axis, legend_below, line_style, panels
 from .inputs import Models, by_label, inputs_and_labels
 from .pooled import POOLS, pooled_outputs
 from .probe import evaluating, find_layers
@@ -109,7 +109,7 @@ def probe_layers(models: Models, batches: Iterable[Any], *, seed: int = 0) -> Li
         for inputs, targets in inputs_and_labels(batches, list(models.values()), "a linear probe"):
             labels.append(targets.cpu())
             for (label, model), images in zip(models.items(), inputs, strict=True):
-                outputs = pooled_outputs(model, images, tuple(POOLS))
+                outputs = pooled_outputs(label, model, images, tuple(POOLS))
                 kept = features.setdefault(label, [{} for _ in outputs])
                 for layer, output in zip(kept, outputs, strict=True):
                     for pool, values in output.items():
@@ -169,22 +169,21 @@ def draw_probes(result: LinearProbes) -> Any:
     figure, axes = panels(1, len(pools), width=4.6, height=3.4, sharey=True)
     for ax, pool in zip(axes.flat, pools, strict=True):
         for index, label in enumerate(result.probes):
-            _line(ax, result.curve(label, pool), label, index)
+            _line(ax, result.curve(label, pool), index)
         ax.axhline(result.chance, color="0.4", linewidth=0.9, linestyle=":")
         ax.set_title(POOLS[pool], fontsize=10)
         layer_axis(ax, max(map(len, result.layers.values())))
         ax.set_ylabel("held-out accuracy (%)")
         ax.tick_params(labelleft=True)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
+    legend_below(figure, [(label, line_style(index)) for index, label in enumerate(result.probes)])
     return figure
 
 
-def _line(ax: Any, curve: Sequence[tuple[int, Probe]], label: str, index: int) -> None:
+def _line(ax: Any, curve: Sequence[tuple[int, Probe]], index: int) -> None:
     if not curve:
         return
     layers, probes = zip(*curve, strict=True)
     style = line_style(index)
-    ax.plot(layers, [probe.accuracy for probe in probes], label=label, **style)
+    ax.plot(layers, [probe.accuracy for probe in probes], **style)
     low, high = [probe.low for probe in probes], [probe.high for probe in probes]
     ax.fill_between(layers, low, high, color=style["color"], alpha=0.15, linewidth=0)

@@ -34,13 +34,17 @@ class Measurement:
         self.batch: list[dict[str, Tensor]] = []
 
     def update(self, images: Tensor) -> None:
-        """Runs the model on images of shape (B, 3, H, W) and adds the quantities of each layer."""
+        """Runs the model on images of shape (B, 3, H, W) and adds the quantities of each layer.
+
+        Raises:
+            NonFiniteError: If a block's output is not finite.
+        """
         self.num_images += len(images)
         self.batch = [{} for _ in self.layers]
         grid = probe.patch_grid(self.subject.model, images)
         for group in self.groups:
             group.begin(images, grid)
-        with torch.inference_mode(), probe.visiting(self.subject.model, self._visit):
+        with torch.inference_mode(), probe.visiting(self.subject.model, self._visit, finite=self.subject.label):
             self.subject.model(images)
 
     def _visit(self, view: probe.LayerView) -> None:

@@ -9,10 +9,11 @@ from . import probe
 POOLS = {"patches": "mean of the patch tokens", "class": "class token"}
 
 
-def pooled_outputs(model: nn.Module, images: Tensor, pools: tuple[str, ...]) -> list[dict[str, Tensor]]:
+def pooled_outputs(label: str, model: nn.Module, images: Tensor, pools: tuple[str, ...]) -> list[dict[str, Tensor]]:
     """Runs a model and pools the output of every block.
 
     Args:
+        label: The model's name, for messages.
         model: Any model :func:`probe.find_layers` accepts, in the mode in which to run it.
         images: Shape (B, 3, H, W), on the model's device.
         pools: Of ``POOLS``.
@@ -20,6 +21,9 @@ def pooled_outputs(model: nn.Module, images: Tensor, pools: tuple[str, ...]) -> 
     Returns:
         For each layer, pool -> (B, C), float32; C differs between the stages of a hierarchical model. ``class`` is
         missing where a block has no class token: CaiT adds it after these blocks, Swin has none.
+
+    Raises:
+        NonFiniteError: If a block's output is not finite.
     """
     num_patches = math.prod(probe.patch_grid(model, images))
     has_class = probe.has_class_token(model)
@@ -34,6 +38,6 @@ def pooled_outputs(model: nn.Module, images: Tensor, pools: tuple[str, ...]) -> 
             pooled["class"] = tokens[:, 0].float().clone()
         layers.append(pooled)
 
-    with probe.visiting(model, visit):
+    with probe.visiting(model, visit, finite=label):
         model(images)
     return layers

@@ -23,6 +23,10 @@ from . import spectrum
 CLASS_TOKENS = ("cls_token", "class_embedding")  # first parts of the parameters' names in timm and transformers
 
 
+class NonFiniteError(ValueError):
+    """A model whose features cannot be measured, because they are not finite; the message names model and block."""
+
+
 class AttentionMaps(NamedTuple):
     """The maps of one layer, each of shape (B, num_heads, N, N); on Swin, B counts windows and N their tokens."""
 
@@ -159,8 +163,28 @@ def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
     return images.shape[-2] // size, images.shape[-1] // size
 
 
+def check_finite(view: LayerView, label: str) -> None:
+    """Refuses features that no quantity can be computed of: not finite, or their squares exceed float32.
+
+    Args:
+        view: A layer during a forward pass.
+        label: The model's name in the message.
+
+    Raises:
+        NonFiniteError: If the block's output is such.
+    """
+    if view.after_mlp.float().square().sum().isfinite():
+        return
+    raise NonFiniteError(
+        f"{label}: the features are not finite, or too large for float32, from {view.layer.name} on: its weights (or "
+        "the images) hold such numbers, as after a training run that diverged: give another checkpoint"
+    )
+
+
 @contextmanager
-def visiting(model: nn.Module, visit: Callable[[LayerView], None]) -> Iterator[list[AttentionLayer]]:
+def visiting(
+    model: nn.Module, visit: Callable[[LayerView], None], finite: str | None = None
+) -> Iterator[list[AttentionLayer]]:
     """Within the context, every forward pass of ``model`` calls ``visit`` once per layer, as the layer ends.
 
     It uses hooks, which are removed at the end; the model is not changed. One layer's tensors are held at a time. The
@@ -170,17 +194,24 @@ def visiting(model: nn.Module, visit: Callable[[LayerView], None]) -> Iterator[l
     Args:
         model: Any model :func:`find_layers` accepts.
         visit: Receives a :class:`LayerView`.
+        finite: The model's name, to refuse features that are not finite before they are visited; None: no check.
 
     Yields:
         The layers.
 
     Raises:
         UnsupportedModelError: As :func:`find_layers`.
+        NonFiniteError: With ``finite``, within the context, by the forward pass.
     """
     layers = find_layers(model)
+
+    def visit_finite(view: LayerView) -> None:
+        check_finite(view, finite)
+        visit(view)
+
     with ExitStack() as hooks:
         for index, layer in enumerate(layers):
-            for handle in _hook_layer(index, layer, visit):
+            for handle in _hook_layer(index, layer, visit if finite is None else visit_finite):
                 hooks.callback(handle.remove)
         yield layers
 

@@ -3,12 +3,26 @@
 import base64
 import html
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .figures import Picture, draw_all
+from .figures import DRAWINGS, Picture, draw_all
+from .quantities import GROUPS
 from .results import Result, as_json, quantities_of, tidy_rows, write_csv
+
+TITLE = "Attention and over-smoothing, layer by layer"
+# The other files that an analysis may write beside analysis.csv, analysis.json and report.html, without suffix.
+STEMS = (
+    "differences",
+    "parameters",
+    "cka",
+    "linear_probe",
+    "token_map",
+    *(f"{name}_image" for name in GROUPS),
+    r"sweep_[\w.]+",
+)
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -50,31 +64,52 @@ def write_analysis(
 ) -> Path:
     """Writes analysis.csv and analysis.json (every number in a figure), the figures and report.html.
 
-    Also writes differences.csv if models were compared with the first one.
+    Also writes differences.csv if models were compared with the first one. Where the folder holds an earlier analysis,
+    its files that this one does not have are removed (:func:`remove_earlier`).
 
     Args:
         results: May be empty, if only the maps of one image were drawn.
         folder: Made if needed.
         settings: What a reader needs to reproduce the numbers.
-        pictures: Further figures, after those of the results.
+        pictures: Further figures, after those of the results; a file of numbers has the same name with ``.csv``.
 
     Returns:
         The path of the page.
     """
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
+    pictures = [*(draw_all(results) if results else ()), *pictures]
+    remove_earlier(folder, {Path(picture.file).stem for picture in pictures} | ({"analysis"} if results else set()))
     if results:
         write_csv(folder / "analysis.csv", tidy_rows(results))
         text = json.dumps(as_json(results, settings), indent=1, allow_nan=False)
         (folder / "analysis.json").write_text(text, encoding="utf-8")
         if differences := [row for result in results if result.differences for row in result.differences.rows()]:
             write_csv(folder / "differences.csv", differences)
-        pictures = [*draw_all(results), *pictures]
     for item in pictures:
-        item.figure.savefig(folder / item.file, dpi=130)
+        item.figure.savefig(folder / item.file, dpi=130, bbox_inches="tight")  # or long names would be cut
     report = folder / "report.html"
     report.write_text(render_report(results, pictures, folder, settings), encoding="utf-8")
     return report
+
+
+def remove_earlier(folder: Path, keep: Collection[str]) -> None:
+    """Removes what an earlier analysis wrote to a folder; without an analysis's report.html there, nothing.
+
+    Args:
+        folder: Of the analysis.
+        keep: Names without suffix that stay, since this analysis writes them.
+    """
+    report = folder / "report.html"
+    if not report.is_file() or f"<title>{TITLE}</title>" not in report.read_text("utf-8", errors="replace")[:1000]:
+        return
+    drawings = [
+        drawing.name + (r"_\d+" if drawing.per_model else "") for drawings in DRAWINGS.values() for drawing in drawings
+    ]
+    known = re.compile(rf"(analysis\.(csv|json))|(({'|'.join((*drawings, *STEMS))})\.(csv|png))")
+    for path in folder.iterdir():
+        if known.fullmatch(path.name) and path.stem not in keep and path.is_file():
+            path.unlink()
 
 
 def render_report(
@@ -115,7 +150,7 @@ def render_report(
             "<h2>Quantities</h2>" + html_table(["quantity", "what it is"], quantities_of(results).items(), "text")
         )
     parts.append("<h2>Settings</h2>" + html_table(["setting", "value"], settings.items(), "text"))
-    return html_page("Attention and over-smoothing, layer by layer", parts)
+    return html_page(TITLE, parts)
 
 
 def html_page(title: str, parts: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..attention import AttentionLayer
 from ..convert import remedy_options
-from ..weights import create_model, model_from_checkpoint, read_checkpoint, trained_with
+from ..weights import ModelError, create_model, model_from_checkpoint, read_checkpoint, trained_with
 from . import probe
 
 RANDOM_WEIGHTS = "as initialised"
@@ -62,7 +62,7 @@ def build_subject(
     Raises:
         UnsupportedModelError: If the model's attention cannot be recomputed.
         CheckpointError: If the weights do not fit the model.
-        ModelError: If there is no such model, or it cannot be built.
+        ModelError: If there is no such model, it cannot be built, or its published weights cannot be downloaded.
     """
     torch.manual_seed(seed)
     remedies = remedy_options(spec.remedy, spec.remedy_kwargs)
@@ -72,9 +72,16 @@ def build_subject(
         given = dict(source=spec.resume, name=spec.name, input_size=input_size, model_kwargs=spec.kwargs)
         model = model_from_checkpoint(checkpoint, remedies=remedies or None, **given)
     else:
-        model = create_model(
-            spec.name, input_size=input_size, pretrained=spec.pretrained, model_kwargs=spec.kwargs, remedies=remedies
-        )
+        given = dict(input_size=input_size, model_kwargs=spec.kwargs, remedies=remedies)
+        try:
+            model = create_model(spec.name, pretrained=spec.pretrained, **given)
+        except ModelError as error:
+            if spec.pretrained and isinstance(error.__cause__, OSError):  # as those of the network and the cache are
+                raise ModelError(
+                    f"--model {spec.name} --pretrained: the published weights cannot be downloaded "
+                    f"({error.__cause__}): check the network, or give --resume FILE with weights on this machine"
+                ) from error
+            raise
     config = resolve_data_config({}, model=model, verbose=False)
     tag = model.pretrained_cfg.get("tag") or model.pretrained_cfg.get("hf_hub_id") or "default weights"
     weights = spec.resume or (f"pretrained, {tag}" if spec.pretrained else RANDOM_WEIGHTS)

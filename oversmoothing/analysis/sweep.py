@@ -18,7 +18,7 @@ from ..convert import add_remedy, describe, remove_remedy
 from ..remedies import REMEDIES, LayerShape, RemedyError
 from ..remedies.base import state_on_meta
 from . import probe, spectrum
-from .figures import COLOURS, LAYER_AXIS, SEQUENTIAL, Picture, line_style, panels
+from .figures import COLOURS, LAYER_AXIS, SEQUENTIAL, Picture, fold, legend_below, line_style, panels
 from .inputs import Models, by_label, inputs_and_labels, logits_of
 
 VALUES = tuple(step / 4 for step in range(-4, 5))
@@ -287,13 +287,12 @@ def draw_sweeps(sweeps: Sequence[Sweep]) -> Any:
                 _curves(ax, sweep, quantity, line_style(labels.index(sweep.label)), deepest)
             ax.axvline(0, color="0.6", linewidth=0.8)
             head = "all layers" if together else f"{group[0].label}, one layer at a time"
-            ax.set_title(f"{head}\n{title}", fontsize=10)
+            ax.set_title(f"{fold(head, 3.7)}\n{title}", fontsize=10)
             ax.set_xlabel(f"{group[0].parameter} (dimensionless)")
             ax.set_ylabel(title.replace(" before the last block", ""))
             ax.grid(alpha=0.3)
     if together:
-        handles, texts = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, texts, loc="outside lower center", ncols=min(3, len(texts)), frameon=False)
+        legend_below(figure, [(label, line_style(index)) for index, label in enumerate(labels)])
     else:
         scale = ScalarMappable(Normalize(0, max(deepest, 1)), SEQUENTIAL)
         figure.colorbar(scale, ax=axes, label=LAYER_AXIS, ticks=MaxNLocator(integer=True))
@@ -305,7 +304,7 @@ def _curves(ax: Any, sweep: Sweep, quantity: str, style: dict[str, Any], deepest
     x = [sweep.values[index] for index in order]
     for layer, numbers in zip(sweep.layers, sweep.numbers[quantity][:, order], strict=True):
         if layer == ALL:
-            ax.plot(x, numbers, label=sweep.label, **style)
+            ax.plot(x, numbers, **style)
         else:
             ax.plot(x, numbers, color=colormaps[SEQUENTIAL](layer / max(deepest, 1)), linewidth=1.2, marker=".")
     colour = style["color"] if sweep.layers == [ALL] else COLOURS[1]

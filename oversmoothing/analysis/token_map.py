@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from . import probe
-from .figures import DIVERGING, SEQUENTIAL, panels
+from .figures import DIVERGING, SEQUENTIAL, fold, panels
 from .subject import Subject
 
 
@@ -48,7 +48,7 @@ def token_map(subject: Subject, image: Tensor, layer: int) -> TokenMap:
         if view.index == layer:
             seen.append((view.attention_maps(), view.grid))
 
-    with torch.inference_mode(), probe.visiting(subject.model, visit):
+    with torch.inference_mode(), probe.visiting(subject.model, visit, finite=subject.label):
         subject.model(image[None])
     maps, grid = seen[0]
     rows_columns = grid or probe.patch_grid(subject.model, image[None])
@@ -86,7 +86,7 @@ def draw_token_maps(maps: Sequence[TokenMap]) -> Figure:
         extent = (0, width, height, 0)
         grey = item.picture.mean(dim=-1)
         row[0].imshow(item.picture.numpy(), extent=extent)
-        row[0].set_title(f"{item.label}\n{item.block}, {item.query}", fontsize=9)
+        row[0].set_title(f"{fold(item.label, 2.8, 9)}\n{item.block}, {item.query}", fontsize=9)
         layers = (
             ("attention × N", item.attention),
             ("high-pass part × N", item.high_pass),

@@ -7,6 +7,7 @@ from . import distance, eigenvalues, features, maps, rollout, sinks, tokens
 from .differences import difference_pictures
 from .parameters import parameter_pictures
 from .style import COLOURS, DIVERGING, LAYER_AXIS, SEQUENTIAL, Drawing, Picture, layer_axis, line_style, panels
+from .text import figure_title, fold, legend_below, panel_title
 
 __all__ = [
     "COLOURS",
@@ -17,8 +18,12 @@ __all__ = [
     "Drawing",
     "Picture",
     "draw_all",
+    "figure_title",
+    "fold",
     "layer_axis",
+    "legend_below",
     "line_style",
+    "panel_title",
     "panels",
 ]
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from ..paired import SENTENCES, Differences
 from ..results import Result
 from .style import Picture, layer_axis, line_style, panels
+from .text import legend_below
 
 TITLES = {
     "token_similarity": ("token similarity", "cosine"),
@@ -48,6 +48,5 @@ def draw_differences(found: Sequence[tuple[int, Differences]], names: Sequence[s
         ax.set_title(TITLES[name][0], fontsize=10)
         ax.set_ylabel(f"difference ({TITLES[name][1]})")
         layer_axis(ax, len(found[0][1].blocks))  # all have as many layers as the first model
-    handles = [Line2D([], [], label=differences.label, **line_style(index)) for index, differences in found]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False)
+    legend_below(figure, [(differences.label, line_style(index)) for index, differences in found])
     return figure

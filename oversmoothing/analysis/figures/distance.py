@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from ..results import Result
 from .style import COLOURS, Drawing, by_head, from_zero, layer_axis, panels
+from .text import panel_title
 
 
 def draw_distance(results: Sequence[Result]) -> Figure:
@@ -20,7 +21,7 @@ def draw_distance(results: Sequence[Result]) -> Figure:
                 [layer] * len(heads), heads, s=14, color=COLOURS[5], label="one head" if layer == layers[0] else None
             )
         ax.plot(layers, mean, color=COLOURS[1], linewidth=1.5, label="mean of the heads")
-        ax.set_title(f"{result.label}, images of {result.input_size} px", fontsize=10, wrap=True)
+        panel_title(ax, f"{result.label}, images of {result.input_size} px")
         ax.set_ylabel("mean attention distance (pixels)")
         ax.tick_params(labelleft=True)
         layer_axis(ax, len(result.layers))

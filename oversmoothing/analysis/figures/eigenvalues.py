@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from ..results import Result
 from .style import COLOURS, Drawing, by_layer, from_zero, layer_panels, panels, shared_legend
+from .text import figure_title
 
 
 def draw_planes(result: Result) -> Figure:
@@ -26,10 +27,11 @@ def draw_planes(result: Result) -> Figure:
     axes[0].set(xlim=(-reach, reach), ylim=(-reach, reach))
     for ax in axes:
         ax.set_aspect("equal")
-    figure.supxlabel("real part", fontsize=10)
+    figure.supxlabel("real part\n", fontsize=10)  # with a line for the legend
     figure.supylabel("imaginary part", fontsize=10)
-    figure.suptitle(result.label, fontsize=11)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize=9)
+    figure_title(figure, result.label)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9, borderpad=0)
     return figure
 
 

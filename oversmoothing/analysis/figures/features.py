@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..results import Result
 from .style import BANDS, LAYER_AXIS, SEQUENTIAL, Drawing, by_layer, panels, shared_legend, up_to_one
+from .text import panel_title
 
 
 def draw_overview(results: Sequence[Result]) -> Figure:
@@ -68,7 +69,7 @@ def draw_singular_values(results: Sequence[Result]) -> Figure:
                 ax.plot(range(1, len(values) + 1), values, color=colours(index / max(deepest, 1)), linewidth=1.2)
                 shown = values[: max(1, round(0.9 * len(values)))]  # the smallest ones may be rounding errors
                 smallest = min(smallest, shown[shown > 0].min().item())
-        ax.set_title(result.label, fontsize=10, wrap=True)
+        panel_title(ax, result.label)
         ax.set_xlabel("index of the singular value")
         ax.set_ylabel("relative to the largest")
         ax.set_yscale("log")
@@ -92,7 +93,7 @@ def draw_log_amplitude(results: Sequence[Result]) -> Figure:
             if "delta_log_amplitude" in layer:
                 values = layer["delta_log_amplitude"]
                 ax.plot(values.frequencies, values.mean, color=colours(index / max(deepest, 1)), linewidth=1.2)
-        ax.set_title(result.label, fontsize=10, wrap=True)
+        panel_title(ax, result.label)
         ax.set_xlabel("frequency (π rad per patch)")
         ax.set_ylabel("Δ log amplitude (nats)")
         ax.tick_params(labelleft=True)

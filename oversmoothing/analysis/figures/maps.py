@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from ..results import Result
 from .style import BANDS, COLOURS, Drawing, by_head, by_layer, layer_panels, panels, shared_legend
+from .text import figure_title
 
 
 def draw_attention(results: Sequence[Result]) -> Figure:
@@ -40,11 +41,11 @@ def draw_spectra(result: Result) -> Figure:
         ax.set_yscale("log")
         ax.set_xticks([-1, 0, 1], ["-π", "0", "π"])
         ax.grid(alpha=0.3)
-    figure.supxlabel("frequency along the token axis (rad per token)", fontsize=10)
+    figure.supxlabel("frequency along the token axis (rad per token)\n", fontsize=10)  # a line for the legend
     figure.supylabel("spectral response (gain)", fontsize=10)
-    figure.suptitle(result.label, fontsize=11)
+    figure_title(figure, result.label)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9, borderpad=0)
     return figure
 
 

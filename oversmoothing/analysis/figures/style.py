@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure  # without pyplot: no display and no global state
-from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor
 
 from ..results import Result
+from .text import figure_title, legend_below, panel_title
 
 PALETTE = rc_params_from_file(Path(__file__).with_name("palette.mplstyle"), use_default_template=False)
 COLOURS, MARKERS = (tuple(PALETTE["axes.prop_cycle"].by_key()[key]) for key in ("color", "marker"))
@@ -105,7 +105,7 @@ def by_head(results: Sequence[Result], quantity: str, label: str, log: bool = Fa
         scale = Normalize(finite.min().item(), finite.max().item())
     for ax, result, table in zip(axes.flat, results, tables, strict=True):
         ax.imshow(table.numpy(), aspect="auto", origin="lower", cmap=SEQUENTIAL, norm=scale, interpolation="nearest")
-        ax.set_title(result.label, fontsize=10, wrap=True)
+        panel_title(ax, result.label)
         ax.set_xlabel("head")
         ax.set_ylabel(LAYER_AXIS)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -123,7 +123,7 @@ def layer_panels(result: Result, width: float = 2.5, height: float = 2.0, **kwar
         if index >= depth:
             ax.set_visible(False)
             continue
-        ax.set_title(result.layer_names[index], fontsize=8)
+        panel_title(ax, result.layer_names[index], fontsize=8)
         if index + columns >= depth:  # panels in the last row of their column
             ax.tick_params(labelbottom=True)
     return figure, list(axes.flat)[:depth]
@@ -142,7 +142,7 @@ def patch_panels(result: Result, values: Mapping[int, Tensor], label: str) -> Fi
         ax.imshow(values[index].numpy(), cmap=SEQUENTIAL, norm=scale, interpolation="nearest")
     figure.supxlabel("columns of patches", fontsize=9)
     figure.supylabel("rows of patches", fontsize=9)
-    figure.suptitle(result.label, fontsize=11)
+    figure_title(figure, result.label)
     figure.colorbar(ScalarMappable(scale, SEQUENTIAL), ax=axes, label=label, shrink=0.8)
     return figure
 
@@ -192,12 +192,13 @@ def layer_axis(ax: Axes, depth: int) -> None:
 def shared_legend(
     figure: Figure, results: Sequence[Result], quantities: Sequence[str] = (), title: str | None = None
 ) -> None:
-    handles = [
-        Line2D([], [], label=result.label, **line_style(index))
+    """The models' line styles, of those that have any of the quantities; without quantities, of all."""
+    lines = [
+        (result.label, line_style(index))
         for index, result in enumerate(results)
         if not quantities or any(name in layer for name in quantities for layer in result.layers)
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False, title=title)
+    legend_below(figure, lines, title)
 
 
 def panels(rows: int, columns: int, width: float = 4.0, height: float = 3.1, **kwargs: Any) -> tuple[Figure, Any]:
