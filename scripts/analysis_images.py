@@ -23,19 +23,20 @@ class ImageFiles(Dataset):
     Args:
         root: Folder, searched with its sub-folders; its ``val/`` alone if it has one.
         transform: Applied to the RGB image.
+        flag: That gave the folder, for messages.
 
     Raises:
         DataError: If there is no such folder, or no image in it.
     """
 
-    def __init__(self, root: Path, transform: Callable[[Any], Tensor]) -> None:
+    def __init__(self, root: Path, transform: Callable[[Any], Tensor], flag: str = "--data-path") -> None:
         if not root.is_dir():
-            raise DataError(f"--data-path {root} {'is a file' if root.exists() else 'does not exist'}: give a folder")
+            raise DataError(f"{flag} {root} {'is a file' if root.exists() else 'does not exist'}: give a folder")
         root = root / "val" if (root / "val").is_dir() else root
         self.files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
         self.transform = transform
         if not self.files:
-            raise DataError(f"--data-path {root}: no images ({', '.join(IMG_EXTENSIONS)}): give a folder that has some")
+            raise DataError(f"{flag} {root}: no images ({', '.join(IMG_EXTENSIONS)}): give a folder that has some")
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(load_image(str(self.files[index]))), 0

@@ -222,7 +222,7 @@ def draw_measured(model: nn.Module, folder: Path, input_size: int, crop_ratio: f
     """
     subject = subject_of(model.eval(), "this model", input_size)
     data_options = DataOptions(input_size=input_size, eval_crop_ratio=crop_ratio)
-    files = ImageFiles(folder, build_transform(False, data_options, subject.data_config))
+    files = ImageFiles(folder, build_transform(False, data_options, subject.data_config), flag="--images")
     files.files = files.files[:: max(1, math.ceil(len(files) / SPECTRUM_IMAGES))]  # folders are ordered by class
     results = measure(
         [subject], ([images] for images, _ in DataLoader(files, batch_size=BATCH)), quantities=["features"]

@@ -138,6 +138,9 @@ def test_an_export_has_a_card_of_its_weights_and_leaves_somebody_else_s_alone(
         str(tmp_path / "net.safetensors"),
         "--ema",
     ]
+    with pytest.raises(SystemExit):
+        export.main([*words, "--images", "nowhere"])
+    assert "--images nowhere does not exist: give a folder" in capsys.readouterr().err
     export.main([*words, "--images", str(run / "data")])
     assert f"model card: {tmp_path / 'net.md'}" in capsys.readouterr().out
     card = ModelCard.load(tmp_path / "net.md")
