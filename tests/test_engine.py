@@ -164,7 +164,7 @@ def test_an_ema_goes_on_after_an_evaluation_elsewhere(monkeypatch: pytest.Monkey
 
     def evaluate(model: nn.Module, *args: object, **kwargs: object) -> dict[str, float]:
         model.double().float()
-        return {"acc1": 0.0}
+        return {"acc1": 0.0, "loss": 0.0}
 
     monkeypatch.setattr(engine, "evaluate", evaluate)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
