@@ -221,8 +221,9 @@ def build_dataset(
         dataset = Part(dataset, _split(dataset, options)[0])
     if not is_train and options.real_labels:
         dataset = WithRealLabels(dataset, options.real_labels)
-    classes = len(dataset.classes)
-    return (_skip_bad_images(dataset, options) if is_train else dataset), classes
+    if is_train:
+        dataset = _skip_bad_images(dataset, options)
+    return dataset, len(dataset.classes)
 
 
 def build_held_out(

@@ -11,7 +11,7 @@ import entry
 if __name__ == "__main__":
     entry.answer_signals()  # during the imports below, which take seconds
 
-with entry.not_installed("wandb"):  # timm imports it for a function that is not used here, a seventh of the start
+with entry.not_installed("wandb"):  # timm imports it for a function that is not used here, an eighth of the start
     import timm.utils  # noqa: F401
 
 import argparse
@@ -32,8 +32,9 @@ import reporting
 import utils
 from fit import evaluate_with_ema, fit
 from options import ArgumentError, check_args, get_args_parser
+from oversmoothing.analysis.results import json_ready
 from oversmoothing.weights import CheckpointError, ModelError
-from readers.loader import explain_loader_errors
+from readers.loader import explain_loader_errors, sentence_of
 from utils import World
 
 _logger = logging.getLogger("main")
@@ -86,7 +87,7 @@ def run(
     ema = build.build_ema(args, start, model)
     if args.eval:
         stats = evaluate_with_ema(args, model, ema, loaders.val, world, amp_dtype, prepare=loaders.prepare_eval)
-        _logger.info(f"results: {json.dumps(reporting.finite_or_none(stats))}")
+        _logger.info(f"results: {json.dumps(json_ready(stats))}")
         return
     trainer = build.build_trainer(args, start, model, ema, world, amp_dtype, loaders.prepare)
     build.release_weights(start)
@@ -115,9 +116,7 @@ def cli() -> int:
         print(f"[rank {rank}] interrupted", file=sys.stderr, flush=True)
         return entry.EXIT_INTERRUPTED
     except (ArgumentError, CheckpointError, ModelError, datasets.DataError, utils.SetupError) as error:
-        # An error from a worker starts with the worker's traceback; its last line is the sentence.
-        sentence = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        print(f"error: {sentence_of(error)}", file=sys.stderr, flush=True)
         return entry.EXIT_BAD_INPUT
     except engine.NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

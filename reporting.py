@@ -25,6 +25,7 @@ import utils
 from epochlog import OTHER_LINES, EpochLog
 from oversmoothing.analysis import probe
 from oversmoothing.analysis.cost import count_macs
+from oversmoothing.analysis.results import json_ready
 from utils import SetupError
 from writers import ID_FILE, Description, TensorBoardWriter, Writer
 
@@ -83,10 +84,7 @@ class SpectrumWatch:
             return {}
         device = next(model.parameters()).device
         quantities = probe.layer_report(model, self.images.to(device))
-        return {
-            f"spectrum_{name}": [value if math.isfinite(value) else None for value in values]
-            for name, values in quantities.items()
-        }
+        return json_ready({f"spectrum_{name}": values for name, values in quantities.items()})
 
 
 def watch_spectrum(
@@ -191,11 +189,6 @@ _NO_HPARAMS = frozenset({
     *("auto_reload", "start_epoch", "keep_checkpoints", "checkpoint_steps", "list_models", "throughput"),
     *("eval", "real_labels", "dist_eval", "shard_eval", "world_size", "dist_url", "dist_timeout", "local_rank"),
 })  # fmt: skip
-
-
-def finite_or_none(stats: dict[str, float]) -> dict[str, float | None]:
-    """The same numbers, None in place of those that are not finite: JSON has none for them."""
-    return {name: value if math.isfinite(value) else None for name, value in stats.items()}
 
 
 def hyper_parameters(args: argparse.Namespace, effective_batch: int) -> dict[str, float | str]:

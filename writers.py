@@ -63,7 +63,7 @@ class TensorBoardWriter(Writer):
     """
 
     def __init__(self, folder: Path, start_epoch: int) -> None:
-        from torch.utils import tensorboard  # takes a third of a second, which only the rank that writes has to spend
+        from torch.utils import tensorboard  # here, as only the rank that writes needs it
 
         self.hparams = tensorboard.summary.hparams
         self.writer = tensorboard.SummaryWriter(str(folder), purge_step=start_epoch)

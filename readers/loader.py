@@ -254,6 +254,11 @@ def explain_loader_errors() -> Iterator[None]:
         raise DataError(f"loading images failed, {advice}: {reason}") from error
 
 
+def sentence_of(error: Exception) -> str:
+    """The message of an error. From a worker it starts with the worker's traceback; its last line is the sentence."""
+    return str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+
+
 def _advice(error: Exception) -> str | None:
     # torch reports "exited unexpectedly" and names the signal in the cause.
     text = str(error.__cause__ or error)

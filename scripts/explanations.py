@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import DataError
 from readers.images import OR_SKIP
-from readers.loader import explain_loader_errors
+from readers.loader import explain_loader_errors, sentence_of
 
 
 @contextmanager
@@ -21,8 +21,7 @@ def explain_images() -> Iterator[None]:
         try:
             yield
         except DataError as error:
-            sentence = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
-            raise DataError(sentence.removesuffix(OR_SKIP)) from error
+            raise DataError(sentence_of(error).removesuffix(OR_SKIP)) from error
 
 
 def why_unwritable(path: Path) -> str | None:

@@ -16,7 +16,6 @@ import os
 import sys
 import time
 from datetime import timedelta
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ import utils
 from datasets import DATA_SETS, DataError, DataOptions, build_dataset, build_transform, count_classes, split_by_class
 from options import RANGES, Interval, KeyValues
 from oversmoothing import remedies_of, remedy_options
-from oversmoothing.weights import create_model, model_from_checkpoint, read_checkpoint, trained_with
+from oversmoothing.weights import create_model, model_from_checkpoint, near_models, read_checkpoint, trained_with
 from readers.loader import build_loader, start_workers
 from samplers import build_samplers
 from scripts import markdown
@@ -157,8 +156,7 @@ def check_args(args: argparse.Namespace) -> None:
     if not args.model and not args.resume:
         problems.append("--model is missing: name a model of this zoo or of timm, or give --resume FILE")
     if args.model and not timm.is_model(args.model):
-        near = ", ".join(get_close_matches(args.model, timm.list_models(), n=4, cutoff=0.5)) or "none"
-        problems.append(f"--model {args.model}: neither this zoo nor timm knows it; near: {near}")
+        problems.append(f"--model {args.model}: neither this zoo nor timm knows it; near: {near_models(args.model)}")
     if args.resume and args.pretrained:
         problems.append(f"--resume {args.resume} and --pretrained exclude each other")
     if args.ema and not args.resume:

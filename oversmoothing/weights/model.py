@@ -41,8 +41,12 @@ def check_model_name(name: str, flag: str = "--model") -> None:
         ModelError: With the most similar names.
     """
     if not timm.is_model(name):
-        near = ", ".join(get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)) or "none"
-        raise ModelError(f"{flag} {name}: no such model; near: {near} (see --list-models)")
+        raise ModelError(f"{flag} {name}: no such model; near: {near_models(name)} (see --list-models)")
+
+
+def near_models(name: str) -> str:
+    """The names that are most like one that timm does not know, for a message."""
+    return ", ".join(get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)) or "none"
 
 
 def create_model(
