@@ -4,6 +4,7 @@ Importing torch and timm takes 4 s of CPU a process, too much for a test that ki
 a process with a process group of its own, as under torchrun, and runs ``main.cli()`` as ``python main.py`` does.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -25,6 +26,7 @@ def _run_rank(flags: Sequence[str], variables: dict[str, str], log: str) -> None
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, sys.stdout.fileno())
     os.dup2(file, sys.stderr.fileno())
+    faulthandler.enable()  # SIGABRT shows where a rank hangs
     multiprocessing.set_start_method(None, force=True)  # loader processes start as in any run, not by this server
     sys.argv = ["main.py", *flags]
     import entry
@@ -124,13 +126,17 @@ class Ranks:
         """Waits for the end and returns the exit codes by rank; negative ones are signals.
 
         Raises:
-            AssertionError: After ``timeout``, with the output.
+            AssertionError: After ``timeout``, with the output and the stacks of the ranks that are still running.
         """
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         codes = [process.exitcode for process in self.processes]
         if None in codes:
+            for rank, code in enumerate(codes):
+                if code is None:
+                    self.signal(signal.SIGABRT, rank)
+                    self.processes[rank].join(5)
             self.kill()
             raise AssertionError(f"still running after {timeout} s, exit codes {codes}:\n{self.output()}")
         return codes
