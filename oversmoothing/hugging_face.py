@@ -25,8 +25,14 @@ def from_pretrained(model_class: type[nn.Module], *args: Any, **kwargs: Any) -> 
         **kwargs: As ``model_class.from_pretrained``.
 
     Raises:
-        RemedyError: If the configuration names no remedies, or weights are missing or left over.
+        RemedyError: If ``model_class`` is no model class, the configuration names no remedies, or weights are missing
+            or left over.
     """
+    if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
+        raise RemedyError(
+            f"{getattr(model_class, '__name__', model_class)!r} is no model class: give that of the saved model, which "
+            "its config.json names under architectures, such as ViTForImageClassification"
+        )
 
     def with_remedies(model: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(model, config, *args, **kwargs)

@@ -46,6 +46,14 @@ import importlib.util, sys
 import oversmoothing
 early = [name for name in ("matplotlib", "webdataset", "submitit") if name in sys.modules]
 assert not early, early
+sys.modules["matplotlib"] = None  # importing it raises ImportError
+try:
+    import oversmoothing.analysis.figures
+except ImportError as error:
+    assert str(error).endswith("pip install vit-anti-oversmoothing[analysis]"), error
+else:
+    raise AssertionError("figures were imported without matplotlib")
+del sys.modules["matplotlib"]
 
 import timm, torch
 import oversmoothing.zoo

@@ -7,6 +7,7 @@ import pytest
 import torch
 from architectures import TRANSFORMERS, build_transformers, images
 from torch import Tensor, nn
+from transformers import AutoModel
 
 from oversmoothing import RemedyError, add_remedy, from_pretrained, remedies_of, remove_remedy
 from oversmoothing.analysis import probe
@@ -79,6 +80,12 @@ def test_loading_accounts_for_every_weight(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "short", state_dict=state)
     with pytest.raises(RemedyError, match=r"missing_keys.*vit\.layers\.0\.attention\.lamb"):
         from_pretrained(type(model), tmp_path / "short")
+
+
+@pytest.mark.parametrize("wrong", [AutoModel, "ViTModel", None])
+def test_what_is_no_model_class_is_named(wrong: object, tmp_path: Path) -> None:
+    with pytest.raises(RemedyError, match=f"{getattr(wrong, '__name__', wrong)}.* is no model class: give"):
+        from_pretrained(wrong, tmp_path)
 
 
 def test_a_plain_checkpoint_is_what_a_remedy_is_added_to(tmp_path: Path) -> None:

@@ -2,6 +2,11 @@
 
 from collections.abc import Sequence
 
+try:
+    import matplotlib  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"figures need matplotlib ({error}): pip install vit-anti-oversmoothing[analysis]") from error
+
 from ..results import Result
 from . import distance, eigenvalues, features, maps, rollout, sinks, tokens
 from .differences import difference_pictures
