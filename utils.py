@@ -216,17 +216,20 @@ def on_rank_zero(world: World, action: Callable[[], T]) -> T | None:
     Returns:
         What ``action`` returned on rank 0, None on the others.
     """
-    outcome: list[Exception | None] = [None]
-    result = None
+    result = failure = None
     if world.is_main:
         try:
             result = action()
         except Exception as error:  # whatever it is, it is raised again below
-            outcome[0] = error
+            failure = error
     if world.distributed:
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise outcome[0]
+        # Not a broadcast, in which rank 0 only sends: one in 150 times, gloo's send to a process that had died while it
+        # waited took until the timeout. A receive from it fails at once.
+        failures = [None] * world.world_size
+        dist.all_gather_object(failures, failure)
+        failure = failure or failures[0]
+    if failure is not None:
+        raise failure
     return result
 
 

@@ -177,9 +177,9 @@ def environment(setting: Setting, report: Report) -> None:
     backend = "nccl" if setting.on_gpu else "gloo"
     device_id = setting.device if setting.on_gpu else None
     dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=device_id)
-    dist.broadcast_object_list([ValueError("x")], src=0)
     gathered = [None]
-    dist.all_gather_object(gathered, {"a": 1})
+    for value in (ValueError("x"), {"a": 1}):
+        dist.all_gather_object(gathered, value)
     for tensor in (torch.ones((), dtype=torch.int64), torch.ones(2, 2, dtype=torch.float64)):
         dist.all_reduce(tensor.to(setting.device), op=dist.ReduceOp.MIN)
     group = dist.new_group(backend="gloo")
