@@ -1,4 +1,4 @@
-"""Shears and translations of images: Pillow's values in a third to a fourth of its time.
+"""Shears and translations of images: Pillow's values in a fifth to an eighth of its time.
 
 Pillow's bicubic ``Image.transform`` weighs 4 x 4 pixels for each pixel, in double precision; RandAugment spends most of
 its time there. But a shear or a translation moves each row, or each column, by one distance: four pixels of that row
@@ -9,6 +9,7 @@ Pillow does, about 2 values of 10,000 are one of 255 levels off. They are more, 
 a whole number but for rounding: a translation of an image of 200 or 400 pixels by 72 or 144, but of none of 224.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import auto_augment
+from torch import Tensor
 
 SMALL = 80 * 80  # pixels of an image up to which Pillow is as fast
 OPERATIONS = (
@@ -84,9 +86,22 @@ def shear(image: Image.Image, matrix: tuple[float, ...], fillcolor: tuple[int, i
     _, x_per_y, x_offset, y_per_x, _, y_offset = matrix
     if (y_per_x, y_offset) == (0, 0):
         return Image.fromarray(_move_rows(np.asarray(image), x_per_y, x_offset, fillcolor))
+    if y_per_x == 0:
+        return Image.fromarray(_move_down(np.asarray(image), y_offset, fillcolor))
     turned = image.transpose(Image.Transpose.TRANSPOSE)
     moved = Image.fromarray(_move_rows(np.asarray(turned), y_per_x, y_offset, fillcolor))
     return moved.transpose(Image.Transpose.TRANSPOSE)
+
+
+def _move_down(pixels: np.ndarray, distance: float, fillcolor: tuple[int, int, int]) -> np.ndarray:
+    """Takes row y from row ``y + distance``; pixels are (H, W, 3), uint8."""
+    height = len(pixels)
+    whole = math.floor(distance)
+    rows = (np.arange(-1, height + 2) + whole).clip(0, height - 1)
+    moved = _between(torch.from_numpy(pixels[rows]).float(), torch.tensor(distance - whole).float(), 0)
+    first, last = (min(max(math.ceil(edge - distance - 0.5), 0), height) for edge in (0, height))
+    moved[:first] = moved[last:] = fillcolor
+    return moved
 
 
 def _move_rows(pixels: np.ndarray, factor: float, offset: float, fillcolor: tuple[int, int, int]) -> np.ndarray:
@@ -94,7 +109,7 @@ def _move_rows(pixels: np.ndarray, factor: float, offset: float, fillcolor: tupl
     height, width, _ = pixels.shape
     distances = factor * (np.arange(height) + 0.5) + offset
     whole = np.floor(distances)
-    fraction = torch.from_numpy(distances - whole).float().view(height, 1)
+    fractions = torch.from_numpy(distances - whole).float().view(height, 1, 1)
 
     # One gather takes a window of each row: its pixels' sources, the column before and the two behind. All rows lie one
     # after the other, and repeat their first and last pixel twice. A window may reach into neighbouring rows: those
@@ -105,16 +120,11 @@ def _move_rows(pixels: np.ndarray, factor: float, offset: float, fillcolor: tupl
     lines = padded[guard:-guard].reshape(height, -1, 3)
     lines[:, :border], lines[:, border:-border], lines[:, -border:] = pixels[:, :1], pixels, pixels[:, -1:]
     starts = guard + np.arange(height) * lines.shape[1] + border - 1 + whole.clip(-width, width).astype(np.intp)
-    windows = np.lib.stride_tricks.sliding_window_view(padded.reshape(-1), 3 * (width + 3))
-    rows = torch.from_numpy(windows[3 * starts]).float()
-
-    # Written with the differences between neighbours, the kernel keeps equal pixels exactly as they are.
-    steps = rows[:, 3:] - rows[:, :-3]
-    before, step, behind = (steps[:, 3 * i : 3 * (i + width)] for i in range(3))
-    rest = 1 - fraction
-    moved = torch.addcmul(rows[:, 3 : 3 * (width + 1)], before, fraction * rest * rest)
-    moved.addcmul_(step, fraction).addcmul_(behind, -fraction * fraction * rest)
-    moved = moved.clamp_(0, 255).numpy().astype(np.uint8).reshape(height, width, 3)
+    # As one item each, windows are copied ten times as fast as byte by byte.
+    window = np.dtype((np.void, 3 * (width + 3)))
+    windows = np.ndarray(len(padded) - width - 2, window, padded, strides=padded.strides[:1])
+    rows = windows[starts].view(np.uint8).reshape(height, -1, 3)
+    moved = _between(torch.from_numpy(rows).float(), fractions, 1)
 
     fill = np.array(fillcolor, np.uint8)
     first, last = (np.ceil(edge - distances - 0.5).clip(0, width).astype(np.intp) for edge in (0, width))
@@ -123,6 +133,27 @@ def _move_rows(pixels: np.ndarray, factor: float, offset: float, fillcolor: tupl
     for top, bottom in _runs(last):
         moved[top:bottom, last[top] :] = fill
     return moved
+
+
+def _between(pixels: Tensor, fractions: Tensor, axis: int) -> np.ndarray:
+    """Cubic convolution along an axis: the values ``fractions`` behind the second to the third last of its places.
+
+    Args:
+        pixels: (H, W, 3), float32.
+        fractions: In [0, 1), broadcastable to ``pixels``.
+        axis: 0 or 1.
+
+    Returns:
+        uint8, shorter than ``pixels`` by three along the axis.
+    """
+    length = pixels.shape[axis] - 3
+    # Written with the differences between neighbours, the kernel keeps equal pixels exactly as they are.
+    steps = pixels.narrow(axis, 1, length + 2) - pixels.narrow(axis, 0, length + 2)
+    before, step, behind = (steps.narrow(axis, i, length) for i in range(3))
+    rest = 1 - fractions
+    moved = torch.addcmul(pixels.narrow(axis, 1, length), before, fractions * rest * rest)
+    moved.addcmul_(step, fractions).addcmul_(behind, -fractions * fractions * rest)
+    return moved.clamp_(0, 255).numpy().astype(np.uint8)
 
 
 def _runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
