@@ -224,8 +224,6 @@ def check_args(args: argparse.Namespace) -> None:
     ratio = args.eval_crop_ratio
     if ratio is not None and not RANGES["eval_crop_ratio"].holds(ratio):
         problems.append(f"--eval-crop-ratio {ratio}: give a number {RANGES['eval_crop_ratio']}")
-    if Path(args.output_dir).is_file():
-        problems.append(f"--output_dir {args.output_dir} is a file: give a folder")
     for spec in args.models or []:
         if not timm.is_model(spec.name):
             problems.append(f"--model {spec.name}: neither this zoo nor timm knows it; timm.list_models() lists all")

@@ -42,7 +42,7 @@ def refused(command: Callable[[], int], words: tuple, monkeypatch, capsys: pytes
         (("--eval-crop-ratio", "nan"), "--eval-crop-ratio nan"),
         (("--layer", "9", "--image", "{tree}/val/class_0/0000.jpeg"), "--layer 9"),
         (("--image", "{tree}/none.jpeg"), "none.jpeg"),
-        (("--output_dir", "{tree}/val/class_0/0000.jpeg"), "0000.jpeg is a file: give a folder"),
+        (("--output_dir", "{tree}/val/class_0/0000.jpeg"), "0000.jpeg is a file): give another folder"),
         (("--model", "foo"), "--model foo"),
         (("--model", "deit_tiny_12", "--model-kwargs", "depth"), "KEY=VALUE"),
         (("--model", "deit_tiny_12", "--model-kwargs", "depth=0", "embed_dim=48", "num_heads=3"), "no block with"),

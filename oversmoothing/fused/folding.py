@@ -159,9 +159,9 @@ class Foldable(NamedTuple):
 
 def _times(weight: Tensor, gain: Tensor, num_heads: int) -> Tensor:
     gain = gain.to(weight.dtype)
-    if num_heads == 1:
-        return weight * gain
-    return (weight.unflatten(-1, (num_heads, -1)) * gain.unsqueeze(-1)).flatten(-2)
+    if num_heads > 1:  # from heads to columns
+        gain = gain.repeat_interleave(weight.shape[-1] // num_heads, dim=-1)
+    return weight * gain
 
 
 class _Products(torch.autograd.Function):
