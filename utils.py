@@ -226,8 +226,14 @@ def on_rank_zero(world: World, action: Callable[[], T]) -> T | None:
         # Not a broadcast, in which rank 0 only sends: one in 150 times, gloo's send to a process that had died while it
         # waited took until the timeout. A receive from it fails at once.
         failures = [None] * world.world_size
-        dist.all_gather_object(failures, failure)
-        failure = failure or failures[0]
+        try:
+            dist.all_gather_object(failures, failure)
+        except Exception as error:  # a process is gone, or the failure cannot be pickled: rank 0 still tells its own
+            if failure is not None:
+                raise failure from error
+            raise
+        if failure is None:
+            failure = failures[0]
     if failure is not None:
         raise failure
     return result

@@ -4,6 +4,7 @@ Importing torch and timm takes 4 s of CPU a process, too much for a test that ki
 a process with a process group of its own, as under torchrun, and runs ``main.cli()`` as ``python main.py`` does.
 """
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -133,10 +134,12 @@ class Ranks:
             process.join(max(0.0, deadline - time.monotonic()))
         codes = [process.exitcode for process in self.processes]
         if None in codes:
-            for rank, code in enumerate(codes):
-                if code is None:
-                    self.signal(signal.SIGABRT, rank)
-                    self.processes[rank].join(5)
+            hanging = [process for process in self.processes if process.exitcode is None]
+            for process in hanging:  # all at once: the end of one may end the others
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGABRT)
+            for process in hanging:
+                process.join(5)
             self.kill()
             raise AssertionError(f"still running after {timeout} s, exit codes {codes}:\n{self.output()}")
         return codes

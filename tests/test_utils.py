@@ -151,6 +151,17 @@ try:
 except utils.SetupError as error:
     print("raised", error)
 
+# One that cannot be unpickled is still raised as it is where it happened.
+class Odd(Exception):
+    def __init__(self, a, b):
+        super().__init__("odd")
+def fail_oddly():
+    raise Odd(1, 2)
+try:
+    utils.on_rank_zero(world, fail_oddly)
+except Exception as error:
+    print("oddly", type(error).__name__)
+
 utils.check_agreement(world, "the epoch", 3)
 try:
     utils.check_agreement(world, "the epoch", 3 + world.rank)
@@ -163,6 +174,7 @@ except utils.SetupError as error:
         assert f"mean 5.0 {(2.0, 6.0)[rank]}" in output
         assert f"result {'written' if rank == 0 else None}" in output
         assert "raised disk" in output
+        assert f"oddly {('Odd', 'TypeError')[rank]}" in output
         assert "differs the epoch differs between the processes: 3 on rank 0, 4 on rank 1" in output
 
 

@@ -138,52 +138,55 @@ class Foldable(NamedTuple):
     parameters: tuple[Tensor, ...] = ()
     num_heads: int = 1
 
-    def make(self, dtype: torch.dtype | None = None) -> Fold:
-        """Makes the fold, of type ``dtype`` or of the weight's own."""
+    def make(self) -> Fold:
+        """Makes the fold."""
         gains = self.gains(*self.settings, *self.parameters)
         bias = self.bias
         if bias is not None and gains.bias is not None:
             bias = gains.bias.to(bias.dtype) * bias
         if bias is not None and gains.shift is not None:
             bias = bias + gains.shift.to(bias.dtype)
-        factors = () if gains.weight is None else (gains.weight, *gains.of_means)
+        if gains.weight is None:
+            return Fold(self.weight, None, bias)
+        factors = gains.weight, *gains.of_means
         if isinstance(self.weight, tuple):
-            factors = torch.stack(torch.broadcast_tensors(*factors)) if len(factors) > 1 else factors[0].unsqueeze(0)
-            weight, *of_means = _Products.apply(self.num_heads, dtype or self.weight[0].dtype, factors, *self.weight)
+            weight, *of_means = _Products.apply(self.num_heads, len(self.weight), *self.weight, *factors)
         else:
-            weight, *of_means = [_times(self.weight, factor, self.num_heads) for factor in factors] or [self.weight]
-            weight, *of_means = (t.to(dtype or t.dtype) for t in (weight, *of_means))
+            weight, *of_means = (_times(self.weight, factor, self.num_heads) for factor in factors)
         of_means = torch.cat(of_means, dim=-1) if len(of_means) > 1 else of_means[0] if of_means else None
-        return Fold(weight, of_means, None if bias is None else bias.to(dtype or bias.dtype))
+        return Fold(weight, of_means, bias)
 
 
 def _times(weight: Tensor, gain: Tensor, num_heads: int) -> Tensor:
     gain = gain.to(weight.dtype)
-    if num_heads > 1:  # from heads to columns
-        gain = gain.repeat_interleave(weight.shape[-1] // num_heads, dim=-1)
-    return weight * gain
+    if num_heads == 1:
+        return weight * gain
+    return (weight.unflatten(-1, (num_heads, -1)) * gain.unsqueeze(-1)).flatten(-2)
 
 
 class _Products(torch.autograd.Function):
     """``_times`` of the stacked weights of layers with several gains; backward stacks the weights again."""
 
     @staticmethod
-    def forward(ctx, num_heads: int, dtype: torch.dtype, gains: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        """``gains`` are (K, L, ...) for K products of type ``dtype`` of the L weights."""
-        ctx.num_heads = num_heads
-        ctx.save_for_backward(gains, *weights)
-        return _times(torch.stack(weights), gains, num_heads).to(dtype).unbind()
+    def forward(ctx, num_heads: int, layers: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """``tensors`` are the weights of the layers, then the gains."""
+        ctx.num_heads, ctx.layers = num_heads, layers
+        ctx.save_for_backward(*tensors)
+        stack = torch.stack(tensors[:layers])
+        return tuple(_times(stack, gain, num_heads) for gain in tensors[layers:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the gains and of the weights."""
-        gains, *weights = ctx.saved_tensors
-        stack = torch.stack(weights)
-        grad = torch.stack(grads).to(stack.dtype)
-        of_weights = _times(grad, gains, ctx.num_heads).sum(dim=0)
-        of_gains = (grad * stack).unflatten(-1, (ctx.num_heads, -1)).sum(dim=-1)
-        return None, None, of_gains.sum_to_size(gains.shape).to(gains.dtype), *of_weights.unbind()
+        """Gradients of the weights and of the gains."""
+        weights, gains = ctx.saved_tensors[: ctx.layers], ctx.saved_tensors[ctx.layers :]
+        stack, of_stack, of_gains = torch.stack(weights), None, []
+        for grad, gain in zip(grads, gains, strict=True):
+            part = _times(grad, gain, ctx.num_heads)
+            of_stack = part if of_stack is None else of_stack.add_(part)
+            of_gain = (grad * stack).unflatten(-1, (ctx.num_heads, -1)).sum(dim=-1)
+            of_gains.append(of_gain.sum_to_size(gain.shape).to(gain.dtype))
+        return None, None, *of_stack.unbind(), *of_gains
 
 
 _PLAIN = frozenset({Tensor, nn.Parameter, type(None)})  # types of tensors that may be stacked
@@ -242,8 +245,8 @@ def share_folds(foldables: Iterable[tuple[Hashable, Foldable]], x: Tensor) -> It
         _, _, weights, biases, parameters, _ = zip(*group.values(), strict=True)
         biases = None if no_bias else torch.stack(biases)
         parameters = tuple(torch.stack(tensors) for tensors in zip(*parameters, strict=True))
-        fold = Foldable(gains, settings, weights, biases, parameters, num_heads).make(dtype)
-        each = ([None] * len(group) if t is None else t.unbind() for t in fold)
+        fold = Foldable(gains, settings, weights, biases, parameters, num_heads).make()
+        each = ([None] * len(group) if t is None else t.to(dtype or t.dtype).unbind() for t in fold)
         shared |= {key: Fold(*tensors) for key, *tensors in zip(group, *each, strict=True)}
     token = _shared.set(shared)
     try:
