@@ -7,7 +7,7 @@ process. Here, with the same draws in the same order:
 - an image that repeated augmentation takes several times in a row is decoded once;
 - the crop is resized by torch's 8-bit kernel, five times as fast as Pillow and with the same antialiasing filter: of
   1,000 values about four differ, by one of 255 levels;
-- RandAugment's shears and translations take a sixth to an eighth of Pillow's time (``shears.py``): of 10,000 values
+- RandAugment's shears and translations take a fifth to an eighth of Pillow's time (``shears.py``): of 10,000 values
   about two differ, by one level;
 - images travel to the device as bytes, in a quarter of the memory; ``DeviceTransform`` normalises them there (on a CPU
   to the bit as ``ToTensor`` and ``Normalize`` do) and erases rectangles.

@@ -223,8 +223,8 @@ def on_rank_zero(world: World, action: Callable[[], T]) -> T | None:
         except Exception as error:  # whatever it is, it is raised again below
             failure = error
     if world.distributed:
-        # Not a broadcast, in which rank 0 only sends: one in 150 times, gloo's send to a process that had died while it
-        # waited took until the timeout. A receive from it fails at once.
+        # Not a broadcast, in which rank 0 only sends: in about one of 150 tries, gloo's send to a process that had died
+        # while it waited took until the timeout. A receive from it fails at once.
         failures = [None] * world.world_size
         try:
             dist.all_gather_object(failures, failure)
