@@ -181,8 +181,15 @@ def compare_loaders(
         subset = torch.utils.data.Subset(dataset, [i % len(dataset) for i in range(number)])
         repeated = dict(world_size=processes or 1, rank=0, repeated_aug=processes is not None)
         sampler = samplers.build_samplers(subset, subset, **repeated, seed=0)[0]
+        image_bytes = 3 * datasets.DataOptions.input_size**2 if "fast" in name else 0
         loaders[name] = build_loader(
-            subset, sampler, batch_size=batch_size, num_workers=1, pin_memory=False, drop_last=True
+            subset,
+            sampler,
+            batch_size=batch_size,
+            num_workers=1,
+            pin_memory=False,
+            drop_last=True,
+            image_bytes=image_bytes,
         )
     costs: dict[str, list[float]] = {name: [] for name in sets}
     walls: dict[str, list[float]] = {name: [] for name in sets}

@@ -248,7 +248,8 @@ def load_epoch(folder: Path, workers: int, *flags: str, done: int = 0, epoch: in
     dataset = fastload.build_dataset(args)[0]
     sampler = build_samplers(dataset, dataset, world_size=2, rank=1, repeated_aug=True, seed=3)[0]
     sampler.set_epoch(epoch, start=4 * done)
-    loader = build_loader(dataset, sampler, batch_size=4, num_workers=workers, pin_memory=False, drop_last=True)
+    loading = dict(batch_size=4, num_workers=workers, pin_memory=False, drop_last=True, image_bytes=3 * 96**2)
+    loader = build_loader(dataset, sampler, **loading)
     finish = fastload.build_device_transform(args)
     batches = []
     for step, (pixels, labels) in enumerate(loader, start=done):
