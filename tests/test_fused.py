@@ -204,6 +204,48 @@ def test_every_kind_of_hook_on_the_projection_is_called(kind: str) -> None:
     assert calls == [nn.Linear]
 
 
+@pytest.mark.parametrize("name", ["drop_path1", "ls2", "attn.q_norm", "attn.norm", "attn.proj_drop"])
+def test_hooks_on_modules_that_do_nothing_are_called_and_may_change_what_passes(name: str) -> None:
+    """Without hooks, ``folding.call`` passes such modules by."""
+    block = randomise(FeatScaleBlock(DIM, HEADS, norm_layer=nn.LayerNorm))
+    if name == "attn.proj_drop":  # folded into the block, the attention layer's own output is not made
+        block.attn.register_forward_hook(lambda module, args, output: None)
+    x, inputs = torch.randn(2, TOKENS, DIM), []
+    expected = block(x)
+    handle = block.get_submodule(name).register_forward_hook(lambda module, args, output: inputs.append(args[0]))
+    torch.testing.assert_close(block(x), expected)
+    handle.remove()
+    assert len(inputs) == 1 and inputs[0].abs().sum() > 0
+    block.get_submodule(name).register_forward_hook(lambda module, args, output: 0 * output)
+    assert not torch.allclose(block(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_layer_scale_at_its_start_is_not_lost_in_the_projection(dtype: torch.dtype) -> None:
+    """A weight of 0.02 times 1e-6 is zero in float16, so there LayerScale stays outside."""
+    block = FeatScaleLayerScaleBlock(DIM, HEADS, init_values=1e-6)
+    x = torch.randn(2, TOKENS, DIM)
+    y = 1e-6 * dense_talking_heads(block.attn, x)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        branch = block.attention_branch(x)
+    branch.sum().backward()
+    torch.testing.assert_close(branch.float(), y, rtol=0, atol=0.02 * y.abs().max().item())
+    gradient = block.gamma_1.grad.clone()
+    block.zero_grad()
+    (block.gamma_1 * dense_talking_heads(block.attn, x)).sum().backward()
+    torch.testing.assert_close(gradient, block.gamma_1.grad, rtol=0, atol=0.02 * gradient.abs().max().item())
+
+
+def test_second_derivatives_of_a_fast_path_are_refused_and_first_ones_are_not() -> None:
+    qkv, *others = random_talking_heads(torch.float64)
+    y = talking_heads.talking_heads(qkv, *others).square().sum()
+    plain = torch.autograd.grad(y, qkv, retain_graph=True)[0]
+    slope = torch.autograd.grad(y, qkv, create_graph=True)[0]
+    torch.testing.assert_close(slope, plain)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.square().sum().backward()
+
+
 # ---- talking heads ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("images_at_a_time", [0.1, 0.4, 1, 2, 5])  # below one: so much of an image's rows
 @pytest.mark.parametrize("layer", [FusedTalkingHeadAttn, AttnScaleTalkingHeadAttn])
@@ -463,5 +505,5 @@ def test_blocks_that_know_no_folding_take_the_general_path() -> None:
         block = randomise(FeatScaleLayerScaleBlock(DIM, HEADS, attn_block=attn_block)).eval()
         x = torch.randn(2, TOKENS, DIM)
         y = feat_scale(dense_talking_heads(block.attn, x), block.lamb1, block.lamb2, 1.0)
-        torch.testing.assert_close(block.attention_branch(x), y, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(block.attention_branch(x) / block.gamma_1, y, rtol=1e-4, atol=1e-4)
     assert isinstance(block, LayerScaleBlock)

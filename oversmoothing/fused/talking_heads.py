@@ -18,9 +18,8 @@ import torch
 from timm.layers import use_fused_attn
 from timm.models.cait import TalkingHeadAttn
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .folding import Foldable, Gains, can_fold, recorded
+from .folding import Foldable, Gains, can_fold, once_differentiable, recorded
 
 # Size of one scratch buffer. On a CPU the four buffers of backward should stay in the cache (measured with 32 MB).
 # Elsewhere a chunk has to be so large that the launch of its kernels is negligible; this size is a guess, not measured:
@@ -125,9 +124,8 @@ def _output(qkv: Tensor, scale: float, w_l: Tensor, b_l: Tensor, w_w: Tensor, b_
     y = _empty_output(qkv)
     w_l, w_w = w_l.to(qkv.dtype), w_w.to(qkv.dtype)
     offset = b_w[:, None, None] * _sum_tokens(qkv[2])
-    for images, rows, q, (scores, attn) in _chunks(qkv, scale, num_buffers=2):
-        k, v = _of_heads(qkv[1:, images])
-        torch.bmm(q, k.mT, out=scores.maps)
+    for images, rows, q, k, v, (scores, attn) in _chunks(qkv, num_buffers=2):
+        _scores(q, k, scale, out=scores)
         _mix(w_l, scores, out=attn)
         torch.softmax(attn.maps, dim=-1, out=scores.maps)
         _mix(w_w, scores, out=attn)
@@ -148,12 +146,11 @@ def _gradients(
     dw_l = dw_w = None
     sum_dy, zero, factor = _sum_tokens(dy), qkv.new_zeros(()), _gradient_factor(qkv)
     dv_offset = b_w[:, None, None] * sum_dy
-    for images, rows, q, (scores, attn, mixed, grad) in _chunks(qkv, scale, num_buffers=4):
-        k, v = _of_heads(qkv[1:, images])
+    for images, rows, q, k, v, (scores, attn, mixed, grad) in _chunks(qkv, num_buffers=4):
         dq, dk, dv = dqkv[:, images].unbind()
         part = dy[images, :, rows].flatten(0, 1)
         first = rows.start == 0
-        torch.bmm(q, k.mT, out=scores.maps)
+        _scores(q, k, scale, out=scores)
         _mix(mix_l, scores, out=mixed)
         torch.softmax(mixed.maps, dim=-1, out=attn.maps)
         _mix(mix_w, attn, out=mixed)
@@ -167,7 +164,7 @@ def _gradients(
         _mix(mix_l.T, grad, out=mixed)
         dq = dq[:, :, rows]
         torch.mul(torch.bmm(mixed.maps, k).view(dq.shape), scale / factor, out=dq)
-        torch.add(zero if first else dk, torch.bmm(mixed.maps.mT, q).view(dk.shape), alpha=1 / factor, out=dk)
+        torch.add(zero if first else dk, torch.bmm(mixed.maps.mT, q).view(dk.shape), alpha=scale / factor, out=dk)
     db_w = torch.sum(sum_dy * _sum_tokens(qkv[2]), dim=(0, 2, 3))
     return dqkv, (dw_l / factor).to(w_l.dtype), dw_w.to(w_w.dtype), db_w.to(b_w.dtype)
 
@@ -255,12 +252,12 @@ class _Buffer(NamedTuple):
     heads: Tensor  # (images, num_heads, rows * N)
 
 
-def _chunks(qkv: Tensor, scale: float, num_buffers: int) -> Iterator[tuple[slice, slice, Tensor, list[_Buffer]]]:
-    """For each chunk: its slice of the images and of the queries, ``scale`` times these queries, and scratch buffers.
+def _chunks(qkv: Tensor, num_buffers: int) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor, list[_Buffer]]]:
+    """For each chunk: its slice of the images and of the queries, these queries, keys and values, and scratch buffers.
 
-    Queries have shape (images * num_heads, rows, head_dim).
+    Queries have shape (images * num_heads, rows, head_dim), keys and values N in place of rows.
     """
-    _, B, H, N, D = qkv.shape
+    _, B, H, N, _ = qkv.shape
     limit = CPU_CHUNK_BYTES if qkv.device.type == "cpu" else CHUNK_BYTES
     row_bytes = H * N * qkv.element_size()
     images = max(1, min(B, limit // (N * row_bytes)))  # 1 for an empty batch too
@@ -268,19 +265,17 @@ def _chunks(qkv: Tensor, scale: float, num_buffers: int) -> Iterator[tuple[slice
     rows = math.ceil(N / parts)
     scratch = qkv.new_empty(num_buffers, images * H * rows * N)
     for image in range(0, B, images):
+        n = min(images, B - image)
+        q, k, v = qkv[:, image : image + n].flatten(1, 2).unbind()  # copies several images, in one operator
         for row in range(0, N, rows):
-            n, r = min(images, B - image), min(rows, N - row)
+            r = min(rows, N - row)
             used = scratch[:, : n * H * r * N]
             buffers = map(_Buffer, used.view(-1, n * H, r, N).unbind(), used.view(-1, n, H, r * N).unbind())
-            chunk = slice(image, image + images), slice(row, row + rows)
-            q = qkv.new_empty(n, H, r, D)
-            torch.mul(qkv[0, chunk[0], :, chunk[1]], scale, out=q)
-            yield *chunk, q.view(n * H, r, D), list(buffers)
+            yield slice(image, image + n), slice(row, row + r), q[:, row : row + r], k, v, list(buffers)
 
 
-def _of_heads(kv: Tensor) -> tuple[Tensor, ...]:
-    """(2, images, num_heads, N, head_dim) -> two of (images * num_heads, N, head_dim), which copies several images."""
-    return kv.flatten(1, 2).unbind()
+def _scores(q: Tensor, k: Tensor, scale: float, out: _Buffer) -> None:
+    torch.baddbmm(out.maps, q, k.mT, beta=0, alpha=scale, out=out.maps)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

@@ -8,7 +8,7 @@ With ``DC[y]`` the mean over the tokens and ``HC[y] = y - DC[y]``, each block ge
 
 ``feat_scale`` is this definition. ``projection_gains`` folds the same into ``proj``. The blocks use it if the attention
 layer allows it (``folding.can_fold``) and there is no dropout between ``proj`` and the mean; otherwise they call
-``fused_feat_scale``.
+``fused_feat_scale``. CaiT's block folds LayerScale as well, so backward need not keep the branch for its gradient.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, 
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..fused.folding import Fold, Foldable, FoldedAttention, Gains, folded, has_hooks
+from ..fused.folding import Fold, Foldable, FoldedAttention, Gains, autocast_dtype, call, folded, has_hooks
 from ..fused.talking_heads import FusedTalkingHeadAttn
 from ..fused.windows import FoldedWindowAttention
 from .base import BranchRemedy, Layer, LayerShape, Operator, register_remedy
@@ -99,6 +99,21 @@ def projection_gains(
     return Gains(high if weight is None else high * weight, means, both.squeeze(-1))
 
 
+def layer_scale_gains(inner: Callable[..., Gains], settings: tuple, gamma: Tensor, *parameters: Tensor) -> Gains:
+    """LayerScale behind a layer or block: all that is added to the residual stream, times ``gamma``.
+
+    Args:
+        inner: Makes the gains without it from ``settings`` and ``parameters``; none of them is None but ``shift``.
+        settings: See ``folding.Foldable``.
+        gamma: Shape (C,), or (L, C) for L layers.
+        *parameters: See ``inner``.
+    """
+    weight, of_means, bias, shift = inner(*settings, *parameters)
+    rows = gamma.unsqueeze(-1)
+    of_means = tuple(rows * of_mean for of_mean in of_means)
+    return Gains(rows * weight, of_means, gamma * bias, None if shift is None else gamma * shift)
+
+
 def _foldable(block: nn.Module, enabled: bool, windows: bool = False) -> Foldable | None:
     """What the fold of a block's attention branch is made of; None where it cannot be folded."""
     attn = block.attn
@@ -150,8 +165,12 @@ class FeatScaleBlock(Block):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, C) -> (B, N, C); ``attn_mask`` and ``is_causal`` go to the attention layer."""
-        x = x + self.drop_path1(self.ls1(self.attention_branch(self.norm1(x), attn_mask, is_causal)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        y = self.attention_branch(self.norm1(x), attn_mask, is_causal)
+        if torch.jit.is_scripting():
+            x = x + self.drop_path1(self.ls1(y))
+            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        x = x + call(self, "drop_path1", call(self, "ls1", y))
+        return x + call(self, "drop_path2", call(self, "ls2", self.mlp(self.norm2(x))))
 
     def attention_branch(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, num_tokens: int | None = None
@@ -201,23 +220,36 @@ class FeatScaleLayerScaleBlock(LayerScaleBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        x = x + self.drop_path(self.gamma_1 * self.attention_branch(self.norm1(x)))
+        x = x + self.drop_path(self.attention_branch(self.norm1(x)))
         return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
 
     def attention_branch(self, x: Tensor) -> Tensor:
-        """Normed tokens (B, N, C) -> attention with FeatScale, (B, N, C)."""
+        """Normed tokens (B, N, C) -> attention with FeatScale and LayerScale, (B, N, C)."""
         if not torch.jit.is_scripting():
             fold = folded(self)
             if fold is not None:
-                return _project(fold, *self.attn.unprojected(x))
+                y = _project(fold, *self.attn.unprojected(x))
+                return y if self._folds_layer_scale() else self.gamma_1 * y
+        y = self.attn(x)
         if self.fused_attn:
-            return fused_feat_scale(self.attn(x), self.lamb1, self.lamb2, self.gain)
-        return feat_scale(self.attn(x), self.lamb1, self.lamb2, self.gain)
+            return self.gamma_1 * fused_feat_scale(y, self.lamb1, self.lamb2, self.gain)
+        return self.gamma_1 * feat_scale(y, self.lamb1, self.lamb2, self.gain)
 
     @torch.jit.unused
     def foldable(self) -> Foldable | None:
-        """What the fold of the attention branch is made of; None where it cannot be folded."""
-        return _foldable(self, self.fused_attn)
+        """What the fold of the attention branch is made of, with LayerScale; None where it cannot be folded."""
+        foldable = _foldable(self, self.fused_attn)
+        if foldable is None or not self._folds_layer_scale():
+            return foldable
+        settings, parameters = (foldable.gains, foldable.settings), (self.gamma_1, *foldable.parameters)
+        return foldable._replace(gains=layer_scale_gains, settings=settings, parameters=parameters)
+
+    @torch.jit.unused
+    def _folds_layer_scale(self) -> bool:
+        # In float16 a weight times LayerScale's start, 1e-6, would be zero. A graph of fx may run in any precision.
+        if isinstance(self.gamma_1, torch.fx.Proxy):
+            return False
+        return (autocast_dtype(self.gamma_1) or self.gamma_1.dtype) != torch.float16
 
 
 class FeatScaleSwinBlock(SwinTransformerBlock):
