@@ -384,7 +384,7 @@ def build_loaders(args: argparse.Namespace, model: nn.Module, world: World) -> L
     common = {"num_workers": loader_processes(args), "pin_memory": args.pin_mem and world.device.type == "cuda"}
     if args.fast_loader:
         common["image_bytes"] = 3 * args.input_size**2
-    # Larger batches are no faster, and each worker keeps several of them in memory.
+    # Larger batches are no faster, and each worker keeps up to four of them in memory (readers/slots.py).
     evaluation = common | {"batch_size": min(max(1, 3 * args.batch_size // 2), MAX_EVAL_BATCH), "drop_last": False}
     loader_val = build_loader(dataset_val, sampler_val, **evaluation)
     loader_train = loader_held_out = None

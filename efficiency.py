@@ -58,7 +58,10 @@ def training_flops(model: nn.Module, input_size: int, device: torch.device) -> f
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes so far: tensors on the device for CUDA, else resident memory of this process, without its workers."""
+    """Peak bytes so far: tensors on the device for CUDA, else resident memory of this process.
+
+    That is without its workers, but with the batches that it got from them.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -477,7 +477,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         default=True,
         help="decode only what a crop needs, resize with torch, normalise and erase on the device (the default): the "
-        "plain loader's draws and distribution, 1.6 to 2.6 times its images/s (docs/performance.md)",
+        "plain loader's draws and distribution, 1.8 to 3 times its images/s (docs/performance.md)",
     )
     group.add(
         "--no-fast-loader",

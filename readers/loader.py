@@ -100,7 +100,7 @@ def build_loader(
         pin_memory: Whether batches are copied to page-locked memory, for faster transfers to a GPU.
         drop_last: Whether an incomplete last batch is left out.
         image_bytes: Size of an image of uint8, where all have the same: batches then travel in memory that is used
-            again (``slots.py``). 0: each in new shared memory.
+            again (``slots.py``; on Linux, from worker processes). 0: each in new shared memory.
 
     Raises:
         DataError: If ``drop_last`` leaves no batch at all.
@@ -233,7 +233,7 @@ def _leave_signals_to_main(worker_id: int) -> None:
 def _report_unless_main_has_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """A worker's ``sys.excepthook``; silent if the error only means that the main process left during a hand-over.
 
-    Python hands the file descriptor of a batch's shared memory over a socket, in a thread of the worker
+    Python hands the file descriptor of new shared memory over a socket, in a thread of the worker
     (``multiprocessing.resource_sharer``) that reports a closed socket here. The main process reports why it left.
     """
     in_thread = threading.current_thread() is not threading.main_thread()

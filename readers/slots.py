@@ -2,7 +2,7 @@
 
 torch's loader hands a batch over in new shared memory: its pages are first touched, and its descriptors sent, for every
 batch. Here the memory is mapped before the workers are forked, and a message only says where in it a batch lies. It is
-no part of ``/dev/shm``, which containers often limit to 64 MB.
+no part of ``/dev/shm``, which containers often limit to 64 MB. What was written to once is kept while the workers live.
 """
 
 import itertools
@@ -28,10 +28,11 @@ _keys = itertools.count()
 
 
 class BatchMemory:
-    """Memory of the images of a loader's batches, shared with its forked workers; :meth:`collate` is its collate_fn.
+    """Memory of the images of one loader's batches, shared with its forked workers.
 
-    A slot is free again once the main process has let go of the batch's storage, views of it included. Whoever keeps
-    batches gets the next ones in new shared memory, as from torch's own loader; so does a batch larger than a slot.
+    :meth:`collate` is the ``collate_fn`` of that loader alone: the workers of two would write to the same slots. A slot
+    is free again once the main process has let go of the batch's storage, views of it included. Whoever keeps batches
+    gets the next ones in new shared memory, as from torch's own loader; so does a batch larger than a slot.
 
     Args:
         workers: Worker processes.
@@ -53,7 +54,6 @@ class BatchMemory:
             ) from error
         # A worker marks its slots as taken, the main process marks them as free.
         self.taken = np.frombuffer(mmap.mmap(-1, workers * SLOTS), np.uint8).reshape(workers, SLOTS)
-        self.main = os.getpid()
         self.key = next(_keys)
         _memories[self.key] = self
 
@@ -67,28 +67,29 @@ class BatchMemory:
             What arrives in the main process as the list of images (B, ...) and targets (B, ...).
         """
         images, targets = zip(*samples, strict=True)
-        shape = (len(images), *images[0].shape)
+        shape, targets = (len(images), *images[0].shape), default_collate(targets)
         worker = get_worker_info().id
         free = np.flatnonzero(self.taken[worker] == 0)
         if not len(free) or images[0].dtype != torch.uint8 or math.prod(shape) > self.slot_bytes:
             return default_collate(samples)
         slot = int(free[0])
         torch.stack(images, out=torch.from_numpy(self._array(worker, slot, shape)))
+        batch = _Filled(self.key, worker, slot, shape, targets.numpy())
         self.taken[worker, slot] = 1
-        return _Filled(self.key, worker, slot, shape, np.stack([np.asarray(target) for target in targets]))
+        return batch
 
     def receive(self, worker: int, slot: int, shape: tuple[int, ...]) -> Tensor:
         """The images of a slot that a worker has filled; it stays taken for as long as their storage is in use."""
         array = self._array(worker, slot, shape)
-        weakref.finalize(array, self._release, worker, slot).atexit = False
+        weakref.finalize(array, self._release, os.getpid(), worker, slot).atexit = False
         return torch.from_numpy(array)
 
     def _array(self, worker: int, slot: int, shape: tuple[int, ...]) -> np.ndarray:
         flat = np.frombuffer(self.pixels[worker], np.uint8, math.prod(shape), offset=slot * self.slot_bytes)
         return flat.reshape(shape)
 
-    def _release(self, worker: int, slot: int) -> None:
-        if os.getpid() == self.main:  # a process that is forked meanwhile has copies of the main process's tensors
+    def _release(self, receiver: int, worker: int, slot: int) -> None:
+        if os.getpid() == receiver:  # a process that is forked meanwhile has copies of its tensors
             self.taken[worker, slot] = 0
 
 

@@ -227,13 +227,40 @@ def test_layer_scale_at_its_start_is_not_lost_in_the_projection(dtype: torch.dty
     x = torch.randn(2, TOKENS, DIM)
     y = 1e-6 * dense_talking_heads(block.attn, x)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        branch = block.attention_branch(x)
+        branch = block.scaled_branch(x)
     branch.sum().backward()
     torch.testing.assert_close(branch.float(), y, rtol=0, atol=0.02 * y.abs().max().item())
     gradient = block.gamma_1.grad.clone()
     block.zero_grad()
     (block.gamma_1 * dense_talking_heads(block.attn, x)).sum().backward()
     torch.testing.assert_close(gradient, block.gamma_1.grad, rtol=0, atol=0.02 * gradient.abs().max().item())
+
+
+def test_backward_keeps_no_branch_for_layer_scale() -> None:
+    block, x = FeatScaleLayerScaleBlock(DIM, HEADS), torch.randn(2, TOKENS, DIM, requires_grad=True)
+
+    def branches_kept(fused: bool) -> int:
+        storages = set()
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.shape == x.shape:
+                storages.add(tensor.untyped_storage().data_ptr())
+            return tensor
+
+        oversmoothing.set_fused(block, fused)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            block.scaled_branch(x)
+        return len(storages)
+
+    assert branches_kept(fused=True) == 0 < branches_kept(fused=False)
+
+
+def test_graphs_of_fx_keep_modules_that_do_nothing_while_they_are_traced() -> None:
+    """Dropout that is off may be switched on, and nodes are known by their modules' names."""
+    block = FeatScaleBlock(DIM, HEADS, proj_drop=0.3, norm_layer=nn.LayerNorm).eval()
+    graph = torch.fx.symbolic_trace(block, concrete_args=dict(attn_mask=None, is_causal=False))
+    names = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    assert {"ls1", "ls2", "drop_path1", "drop_path2", "attn.q_norm", "attn.k_norm", "attn.norm"} <= names
 
 
 def test_second_derivatives_of_a_fast_path_are_refused_and_first_ones_are_not() -> None:
@@ -453,9 +480,10 @@ class TestWaysToRun:
         assert (ours[0].float() - theirs[0]).norm() < 0.05 * theirs[0].norm()
         assert (ours[1].float() - theirs[1]).norm() < 0.1 * theirs[1].norm()
 
-    def test_autocast(self, name: str) -> None:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast(self, name: str, dtype: torch.dtype) -> None:
         model, dense, images = self.pair(name)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype):
             ours = values_and_gradients(model, model, images)
         theirs = values_and_gradients(dense, dense, images)
         assert all(value.dtype == torch.float32 for value in ours[1:])
@@ -505,5 +533,5 @@ def test_blocks_that_know_no_folding_take_the_general_path() -> None:
         block = randomise(FeatScaleLayerScaleBlock(DIM, HEADS, attn_block=attn_block)).eval()
         x = torch.randn(2, TOKENS, DIM)
         y = feat_scale(dense_talking_heads(block.attn, x), block.lamb1, block.lamb2, 1.0)
-        torch.testing.assert_close(block.attention_branch(x) / block.gamma_1, y, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(block.scaled_branch(x) / block.gamma_1, y, rtol=1e-4, atol=1e-4)
     assert isinstance(block, LayerScaleBlock)

@@ -8,7 +8,8 @@ With ``DC[y]`` the mean over the tokens and ``HC[y] = y - DC[y]``, each block ge
 
 ``feat_scale`` is this definition. ``projection_gains`` folds the same into ``proj``. The blocks use it if the attention
 layer allows it (``folding.can_fold``) and there is no dropout between ``proj`` and the mean; otherwise they call
-``fused_feat_scale``. CaiT's block folds LayerScale as well, so backward need not keep the branch for its gradient.
+``fused_feat_scale``. With the projection, CaiT's block folds LayerScale, so backward need not keep the branch for
+its gradient; not in float16.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, 
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..fused.folding import Fold, Foldable, FoldedAttention, Gains, autocast_dtype, call, folded, has_hooks
+from ..fused.folding import Fold, Foldable, FoldedAttention, Gains, autocast_dtype, call, folded, has_hooks, recorded
 from ..fused.talking_heads import FusedTalkingHeadAttn
 from ..fused.windows import FoldedWindowAttention
 from .base import BranchRemedy, Layer, LayerShape, Operator, register_remedy
@@ -103,7 +104,7 @@ def layer_scale_gains(inner: Callable[..., Gains], settings: tuple, gamma: Tenso
     """LayerScale behind a layer or block: all that is added to the residual stream, times ``gamma``.
 
     Args:
-        inner: Makes the gains without it from ``settings`` and ``parameters``; none of them is None but ``shift``.
+        inner: Makes the gains without it from ``settings`` and ``parameters``; of its gains only ``shift`` may be None.
         settings: See ``folding.Foldable``.
         gamma: Shape (C,), or (L, C) for L layers.
         *parameters: See ``inner``.
@@ -220,10 +221,10 @@ class FeatScaleLayerScaleBlock(LayerScaleBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        x = x + self.drop_path(self.attention_branch(self.norm1(x)))
+        x = x + self.drop_path(self.scaled_branch(self.norm1(x)))
         return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
 
-    def attention_branch(self, x: Tensor) -> Tensor:
+    def scaled_branch(self, x: Tensor) -> Tensor:
         """Normed tokens (B, N, C) -> attention with FeatScale and LayerScale, (B, N, C)."""
         if not torch.jit.is_scripting():
             fold = folded(self)
@@ -246,10 +247,10 @@ class FeatScaleLayerScaleBlock(LayerScaleBlock):
 
     @torch.jit.unused
     def _folds_layer_scale(self) -> bool:
-        # In float16 a weight times LayerScale's start, 1e-6, would be zero. A graph of fx may run in any precision.
-        if isinstance(self.gamma_1, torch.fx.Proxy):
+        # In float16 a weight times LayerScale's start, 1e-6, would be zero; a graph may be converted to float16 later.
+        if recorded(self.gamma_1) or torch.compiler.is_exporting():
             return False
-        return (autocast_dtype(self.gamma_1) or self.gamma_1.dtype) != torch.float16
+        return (autocast_dtype(self.gamma_1) or self.attn.proj.weight.dtype) != torch.float16
 
 
 class FeatScaleSwinBlock(SwinTransformerBlock):
