@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import test_slots
 import timm
 import torch
 import torch.nn.functional as F
 from conftest import TINY
 from runs import ROOT, tiny_tree
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 
 import oversmoothing
 from oversmoothing.fused import talking_heads
+from readers.loader import build_loader
 from scripts import check_gpu
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -124,3 +127,15 @@ def test_more_processes_than_gpus_are_refused_by_name(tmp_path: Path) -> None:
     number = torch.cuda.device_count() + 1
     done = run(*launcher, f"--nproc_per_node={number}", *RUN[1:], "--data-path", tmp_path / "data")
     assert done.returncode != 0 and f"{number} processes on this node" in done.stdout + done.stderr
+
+
+def test_pinned_batches_let_go_of_the_workers_memory() -> None:
+    """The thread that copies batches to pinned memory receives them; nothing else holds the slots."""
+    dataset = test_slots.Numbered(images=100)
+    loading = dict(batch_size=test_slots.BATCH, num_workers=2, pin_memory=True, drop_last=False)
+    loader = build_loader(dataset, SequentialSampler(dataset), **loading, image_bytes=3 * test_slots.SIZE**2)
+    for _ in range(2):
+        batches = list(loader)
+        assert all(images.is_pinned() for images, _ in batches)
+        test_slots.assert_expected(batches, dataset)
+        assert not test_slots.memory_of(loader).taken.any()

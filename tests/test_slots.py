@@ -113,6 +113,32 @@ def test_an_epoch_that_is_left_early_keeps_no_slot() -> None:
     assert not memory_of(loader).taken.any()
 
 
+class Sometimes(Numbered):
+    """One image cannot be read for as long as a file is there."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor | int]:
+        if index == 9 and self.file.exists():
+            raise DataError("cannot read image 9")
+        return super().__getitem__(index)
+
+
+def test_an_epoch_after_a_workers_error_loads(tmp_path: Path) -> None:
+    file = tmp_path / "damaged"
+    file.touch()
+    dataset = Sometimes(file)
+    loader = loader_of(dataset)
+    for _ in range(3):
+        with pytest.raises(DataError, match="cannot read image 9"):
+            list(loader)
+    file.unlink()
+    assert_expected([[images.clone(), targets] for images, targets in loader], dataset)
+    assert not memory_of(loader).taken.any()
+
+
 @pytest.mark.parametrize(
     ("dtype", "image_bytes"), [(torch.float32, 12 * SIZE**2), (torch.uint8, 1)], ids=["floats", "larger"]
 )
