@@ -67,14 +67,13 @@ class BatchMemory:
             What arrives in the main process as the list of images (B, ...) and targets (B, ...).
         """
         images, targets = zip(*samples, strict=True)
-        shape, targets = (len(images), *images[0].shape), default_collate(targets)
-        worker = get_worker_info().id
+        shape, worker = (len(images), *images[0].shape), get_worker_info().id
         free = np.flatnonzero(self.taken[worker] == 0)
         if not len(free) or images[0].dtype != torch.uint8 or math.prod(shape) > self.slot_bytes:
             return default_collate(samples)
         slot = int(free[0])
         torch.stack(images, out=torch.from_numpy(self._array(worker, slot, shape)))
-        batch = _Filled(self.key, worker, slot, shape, targets.numpy())
+        batch = _Filled(self.key, worker, slot, shape, default_collate(targets).numpy())
         self.taken[worker, slot] = 1
         return batch
 

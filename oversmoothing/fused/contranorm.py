@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .folding import autocast_dtype, once_differentiable, recorded
+from .folding import autocast_dtype, recorded
 
 
 def can_mix(x: Tensor, tau: float) -> bool:

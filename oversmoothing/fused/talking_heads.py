@@ -18,8 +18,9 @@ import torch
 from timm.layers import use_fused_attn
 from timm.models.cait import TalkingHeadAttn
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .folding import Foldable, Gains, can_fold, once_differentiable, recorded
+from .folding import Foldable, Gains, can_fold, recorded
 
 # Size of one scratch buffer. On a CPU the four buffers of backward should stay in the cache (measured with 32 MB).
 # Elsewhere a chunk has to be so large that the launch of its kernels is negligible; this size is a guess, not measured:
