@@ -8,6 +8,7 @@ from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from torch import Tensor, fx, jit
 
 from oversmoothing.converted import RemediedNorm
+from oversmoothing.fused.blocks import FoldedBlock, add_branches
 from oversmoothing.fused.folding import any_hooks
 from oversmoothing.fused.models import FoldedVisionTransformer
 from oversmoothing.remedies.attnscale import AttnScaleAttention
@@ -67,7 +68,8 @@ class DeiT(FoldedVisionTransformer):
             self.fused_attn
             and self.global_pool == "token"
             and len(self.blocks) > 1
-            and (type(last) is Block or "first_tokens" in vars(type(last)))  # a subclass may have another forward
+            # a subclass may have another forward
+            and (type(last) in (Block, FoldedBlock) or "first_tokens" in vars(type(last)))
             and not isinstance(x, fx.Proxy)
             and not isinstance(last.norm2, RemediedNorm)  # which mixes tokens
             and not isinstance(self.norm, RemediedNorm)
@@ -103,12 +105,11 @@ def first_tokens(block: Block, x: Tensor, num_tokens: int) -> Tensor:
     y = block.norm1(x)
     branch = getattr(block, "first_tokens", None) or getattr(block.attn, "first_tokens", None)
     y = block.attn(y)[:, :num_tokens] if branch is None else branch(y, num_tokens)
-    x = x[:, :num_tokens] + block.drop_path1(block.ls1(y))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return add_branches(block, x[:, :num_tokens], y)
 
 
 _PLAIN: dict = {}
-_ATTNSCALE = dict(attn_layer=AttnScaleAttention)
+_ATTNSCALE = dict(attn_layer=AttnScaleAttention, block_fn=FoldedBlock)
 _FEATSCALE = dict(block_fn=FeatScaleBlock)
 _BOTH = _ATTNSCALE | _FEATSCALE
 

@@ -15,19 +15,21 @@ from typing import Any
 from timm.layers import use_fused_attn
 from timm.models.cait import Cait
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from .attention import UnsupportedAttentionError, attention_layers
 from .converted import Conversion, Converted, Remedied, RemediedBlock, RemediedNorm, converted_class
+from .fused.blocks import FoldedBlock
 from .fused.models import FoldedCait, FoldedVisionTransformer
 from .remedies import REMEDIES, AttentionRemedy, BranchRemedy, Layer, LayerShape, NormRemedy, Remedy, RemedyError
 from .remedies.base import state_on_meta
 from .remedies.featscale import FeatScale
 from .remedies.first_values import FirstValues
 
-# The library's attention class -> timm's class without the fast paths, which do not support other remedies.
-UNFOLDED = {folded: plain for plain, folded in FeatScale.native_attention.items()}
+# timm's class -> the library's, which computes the same and has the fast paths; these do not support other remedies.
+FOLDED = {**FeatScale.native_attention, Block: FoldedBlock}
+UNFOLDED = {folded: plain for plain, folded in FOLDED.items()}
 
 # timm's model class -> the class it gets when one of its layers has a remedy built in. Subclasses are left as they are.
 FOLDED_MODELS = {VisionTransformer: FoldedVisionTransformer, Cait: FoldedCait}
@@ -385,6 +387,9 @@ class _Plan:
                 self._change(layer.attn, layer, Remedied).first_values = shared
         for change in self.changes.values():
             self._decide_native(change)
+        for layer in self.layers:
+            if type(layer.block) in FOLDED and layer.attn in self.changes and self.changes[layer.attn].native:
+                self._decide_native(self._change(layer.block, layer, RemediedBlock))
         states = [self._new_state(change) for change in self.changes.values()]
         for change, state in zip(self.changes.values(), states, strict=True):
             _convert(change, state)
@@ -414,7 +419,7 @@ class _Plan:
         if len(change.remedies) == 1 and getattr(change.remedies[0], "learnable", True):
             change.native = change.remedies[0].native.get(type(change.module))
         elif not change.remedies:
-            change.native = FeatScale.native_attention.get(type(change.module), type(change.module))
+            change.native = FOLDED.get(type(change.module), type(change.module))
 
     def _new_state(self, change: _Change) -> dict[str, nn.Parameter | nn.Module]:
         like = next(p for m in (change.module, self.model) for p in m.parameters() if p.is_floating_point())

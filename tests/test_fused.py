@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import oversmoothing
 from models.deit import DeiT, first_tokens
 from oversmoothing.fused import talking_heads
+from oversmoothing.fused.blocks import FoldedBlock
 from oversmoothing.fused.folding import FoldedAttention
 from oversmoothing.fused.talking_heads import FusedTalkingHeadAttn
 from oversmoothing.remedies.attnscale import AttnScaleAttention, AttnScaleTalkingHeadAttn, attn_scale
@@ -204,7 +205,10 @@ def test_every_kind_of_hook_on_the_projection_is_called(kind: str) -> None:
     assert calls == [nn.Linear]
 
 
-@pytest.mark.parametrize("name", ["drop_path1", "ls2", "attn.q_norm", "attn.norm", "attn.proj_drop"])
+IDLE = ["drop_path1", "ls2", "attn.q_norm", "attn.norm", "attn.proj_drop", "mlp.drop1", "mlp.norm", "mlp.drop2"]
+
+
+@pytest.mark.parametrize("name", IDLE)
 def test_hooks_on_modules_that_do_nothing_are_called_and_may_change_what_passes(name: str) -> None:
     """Without hooks, ``folding.call`` passes such modules by."""
     block = randomise(FeatScaleBlock(DIM, HEADS, norm_layer=nn.LayerNorm))
@@ -261,6 +265,22 @@ def test_graphs_of_fx_keep_modules_that_do_nothing_while_they_are_traced() -> No
     graph = torch.fx.symbolic_trace(block, concrete_args=dict(attn_mask=None, is_causal=False))
     names = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
     assert {"ls1", "ls2", "drop_path1", "drop_path2", "attn.q_norm", "attn.k_norm", "attn.norm"} <= names
+    assert {"mlp.drop1", "mlp.norm", "mlp.drop2"} <= names
+
+
+@pytest.mark.parametrize("rates", [{}, dict(proj_drop=0.3), dict(drop_path=0.5, init_values=0.1)], ids=str)
+@pytest.mark.parametrize("scale_mlp_norm", [False, True])
+def test_a_block_without_idle_modules_is_timms_to_the_bit(rates: dict, scale_mlp_norm: bool) -> None:
+    options = dict(norm_layer=nn.LayerNorm, scale_mlp_norm=scale_mlp_norm, **rates)
+    theirs, ours = randomise(Block(DIM, HEADS, **options)), FoldedBlock(DIM, HEADS, **options)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, TOKENS, DIM)
+    for training in (True, False):
+        results = []
+        for block in (ours, theirs):
+            torch.manual_seed(1)
+            results.append(values_and_gradients(block.train(training), block, x))
+        assert_same(*results, tolerance=0)
 
 
 def test_second_derivatives_of_a_fast_path_are_refused_and_first_ones_are_not() -> None:
@@ -299,6 +319,19 @@ def random_talking_heads(
 @pytest.mark.parametrize("function", [talking_heads.talking_heads, talking_heads.operator], ids=["eager", "operator"])
 def test_talking_heads_gradients_equal_finite_differences(function: Callable[..., Tensor]) -> None:
     assert torch.autograd.gradcheck(function, random_talking_heads(torch.float64, tokens=4))
+
+
+def test_talking_heads_as_the_last_of_a_checkpoint_let_the_rest_be_recorded_again() -> None:
+    """Their backward is then the first that asks for saved tensors, and so the place where all is computed again."""
+    inputs = random_talking_heads(torch.float64)
+    tensors = [tensor for tensor in inputs if isinstance(tensor, Tensor)]
+
+    def squared(qkv: Tensor, *others: Tensor) -> Tensor:
+        return talking_heads.talking_heads(qkv.square(), *others)
+
+    expected = torch.autograd.grad(squared(*inputs).sum(), tensors)
+    again = torch.utils.checkpoint.checkpoint(squared, *inputs, use_reentrant=False)
+    assert_same(torch.autograd.grad(again.sum(), tensors), expected, tolerance=0)
 
 
 def test_talking_heads_take_an_empty_batch() -> None:
@@ -390,7 +423,7 @@ class OtherAttention(Attention):
 
 @pytest.mark.parametrize("num_tokens", [1, 3])
 @pytest.mark.parametrize("layer", [OtherAttention, AttnScaleAttention])
-@pytest.mark.parametrize("block_fn", [Block, FeatScaleBlock])
+@pytest.mark.parametrize("block_fn", [Block, FoldedBlock, FeatScaleBlock])
 def test_first_tokens_of_a_block(block_fn: type[Block], layer: type[Attention], num_tokens: int) -> None:
     block = randomise(block_fn(DIM, HEADS, attn_layer=layer, norm_layer=nn.LayerNorm, init_values=0.1).double())
     x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)

@@ -46,7 +46,8 @@ def set_fused(model: nn.Module, enabled: bool) -> nn.Module:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether any hook is registered on ``module``: then it has to be called, reading its weight is not enough."""
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+    kinds = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(kinds)
 
 
 def call(parent: nn.Module, name: str, x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, 
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from ..fused.blocks import FoldedBlock, call_mlp
 from ..fused.folding import Fold, Foldable, FoldedAttention, Gains, autocast_dtype, call, folded, has_hooks, recorded
 from ..fused.talking_heads import FusedTalkingHeadAttn
 from ..fused.windows import FoldedWindowAttention
@@ -133,10 +134,12 @@ def _foldable(block: nn.Module, enabled: bool, windows: bool = False) -> Foldabl
 
 def _project(fold: Fold, heads: Tensor, means: Tensor | None, num_tokens: int | None = None) -> Tensor:
     mean = heads.mean(dim=1)
-    return fold.project(heads[:, :num_tokens], mean if means is None else torch.cat([mean, means], dim=-1))
+    if num_tokens is not None:
+        heads = heads[:, :num_tokens]
+    return fold.project(heads, mean if means is None else torch.cat([mean, means], dim=-1))
 
 
-class FeatScaleBlock(Block):
+class FeatScaleBlock(FoldedBlock):
     """timm's ``Block`` with FeatScale; fits the ``block_fn`` slot of any timm ``VisionTransformer``.
 
     Args:
@@ -164,15 +167,6 @@ class FeatScaleBlock(Block):
         nn.init.zeros_(self.lamb1)
         nn.init.zeros_(self.lamb2)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(B, N, C) -> (B, N, C); ``attn_mask`` and ``is_causal`` go to the attention layer."""
-        y = self.attention_branch(self.norm1(x), attn_mask, is_causal)
-        if torch.jit.is_scripting():
-            x = x + self.drop_path1(self.ls1(y))
-            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        x = x + call(self, "drop_path1", call(self, "ls1", y))
-        return x + call(self, "drop_path2", call(self, "ls2", self.mlp(self.norm2(x))))
-
     def attention_branch(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, num_tokens: int | None = None
     ) -> Tensor:
@@ -194,6 +188,13 @@ class FeatScaleBlock(Block):
     def foldable(self) -> Foldable | None:
         """What the fold of the attention branch is made of; None where it cannot be folded."""
         return _foldable(self, self.fused_attn)
+
+
+def _folds_layer_scale(weight: Tensor) -> bool:
+    # In float16 a weight times LayerScale's start, 1e-6, would be zero; a graph may be converted to float16 later.
+    if recorded(weight) or torch.compiler.is_exporting():
+        return False
+    return (autocast_dtype(weight) or weight.dtype) != torch.float16
 
 
 class FeatScaleLayerScaleBlock(LayerScaleBlock):
@@ -221,8 +222,11 @@ class FeatScaleLayerScaleBlock(LayerScaleBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        x = x + self.drop_path(self.scaled_branch(self.norm1(x)))
-        return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
+        if torch.jit.is_scripting():
+            x = x + self.drop_path(self.scaled_branch(self.norm1(x)))
+            return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
+        x = x + call(self, "drop_path", self.scaled_branch(self.norm1(x)))
+        return x + call(self, "drop_path", self.gamma_2 * call_mlp(self.mlp, self.norm2(x)))
 
     def scaled_branch(self, x: Tensor) -> Tensor:
         """Normed tokens (B, N, C) -> attention with FeatScale and LayerScale, (B, N, C)."""
@@ -230,7 +234,7 @@ class FeatScaleLayerScaleBlock(LayerScaleBlock):
             fold = folded(self)
             if fold is not None:
                 y = _project(fold, *self.attn.unprojected(x))
-                return y if self._folds_layer_scale() else self.gamma_1 * y
+                return y if _folds_layer_scale(fold.weight) else self.gamma_1 * y
         y = self.attn(x)
         if self.fused_attn:
             return self.gamma_1 * fused_feat_scale(y, self.lamb1, self.lamb2, self.gain)
@@ -240,17 +244,10 @@ class FeatScaleLayerScaleBlock(LayerScaleBlock):
     def foldable(self) -> Foldable | None:
         """What the fold of the attention branch is made of, with LayerScale; None where it cannot be folded."""
         foldable = _foldable(self, self.fused_attn)
-        if foldable is None or not self._folds_layer_scale():
+        if foldable is None or not _folds_layer_scale(foldable.weight):
             return foldable
         settings, parameters = (foldable.gains, foldable.settings), (self.gamma_1, *foldable.parameters)
         return foldable._replace(gains=layer_scale_gains, settings=settings, parameters=parameters)
-
-    @torch.jit.unused
-    def _folds_layer_scale(self) -> bool:
-        # In float16 a weight times LayerScale's start, 1e-6, would be zero; a graph may be converted to float16 later.
-        if recorded(self.gamma_1) or torch.compiler.is_exporting():
-            return False
-        return (autocast_dtype(self.gamma_1) or self.attn.proj.weight.dtype) != torch.float16
 
 
 class FeatScaleSwinBlock(SwinTransformerBlock):
