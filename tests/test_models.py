@@ -13,7 +13,7 @@ from conftest import GOLDEN, TINY, golden_json, golden_rules
 from timm.layers import set_fused_attn
 from timm.models.cait import Cait, LayerScaleBlock, TalkingHeadAttn
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 import models
 import oversmoothing
@@ -40,7 +40,9 @@ def tiny(name: str, **kwargs) -> nn.Module:
 def golden_names() -> list[str]:
     path = GOLDEN / "public" / "models.json"
     records = json.loads(path.read_text()) if path.is_file() else {}
-    return [name for name, record in records.items() if record["kind"] in ("vit", "cait")] or ["attnscale_small_12"]
+    names = [name for name, record in records.items() if record["kind"] in ("vit", "cait")]
+    # Models of one architecture in a row: see golden_state.
+    return sorted(names, key=lambda name: records[name]["n_params"]) or ["attnscale_small_12"]
 
 
 def golden_record(name: str) -> dict:
@@ -48,13 +50,28 @@ def golden_record(name: str) -> dict:
     return golden_rules().load_models(str(GOLDEN / "public"))[name]
 
 
+_last_state: dict[str, Tensor] = {}
+
+
+def golden_state(record: dict) -> dict[str, Tensor]:
+    """The weights of the golden fill rule; tensors of the last call are used again, drawing them takes long."""
+    fill, dtype = golden_rules().fill, torch.get_default_dtype()
+    state = {}
+    for key, shape, _ in record["state_dict"]:
+        tensor = _last_state.get(key)
+        if tensor is None or list(tensor.shape) != shape or tensor.dtype != dtype:
+            tensor = torch.from_numpy(fill(key, shape, 0)).to(dtype)
+        state[key] = tensor
+    _last_state.clear()
+    _last_state.update(state)
+    return state
+
+
 def golden_model(name: str, record: dict) -> nn.Module:
     """Our model of the reference's name, with the weights of the golden fill rule."""
     with torch.device("meta"):  # the largest have 2 GB of weights in float64: one copy of them
         model = timm.create_model(name.replace("our_", "deit_"), num_classes=record["num_classes"])
-    fill, dtype = golden_rules().fill, torch.get_default_dtype()
-    state = {key: torch.from_numpy(fill(key, shape, 0)).to(dtype) for key, shape, _ in record["state_dict"]}
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(golden_state(record), assign=True)
     return model.requires_grad_(record["grad_norms"] is not None)
 
 
