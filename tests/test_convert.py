@@ -33,6 +33,7 @@ from oversmoothing import (
     remove_remedy,
 )
 from oversmoothing.attention import KINDS, attention_layers
+from oversmoothing.fused.blocks import FoldedBlock
 from oversmoothing.remedies import REMEDIES
 
 SEVERAL = ["attnscale", "featscale", "neutreno", "gated"]
@@ -177,6 +178,16 @@ def test_a_converted_plain_model_is_the_zoos_variant(plain: str, names: str | li
     assert list(zoo.state_dict()) == list(model.state_dict())
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(model.eval()(x), zoo.eval()(x))
+
+
+def test_a_model_of_the_librarys_blocks_gets_featscale_as_timms_does() -> None:
+    """``FoldedBlock`` fits timm's ``block_fn``."""
+    theirs, ours = vit("deit_small_12"), vit("deit_small_12", block_fn=FoldedBlock)
+    for model in (theirs, ours):
+        add_remedy(model, "featscale")
+    assert [type(module) for module in ours.modules()] == [type(module) for module in theirs.modules()]
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert {type(module) for module in remove_remedy(ours).blocks} == {FoldedBlock}
 
 
 def test_weights_load_both_ways() -> None:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import timm
@@ -18,7 +19,7 @@ import oversmoothing
 from models.deit import DeiT, first_tokens
 from oversmoothing.fused import talking_heads
 from oversmoothing.fused.blocks import FoldedBlock
-from oversmoothing.fused.folding import FoldedAttention
+from oversmoothing.fused.folding import FoldedAttention, share_folds
 from oversmoothing.fused.talking_heads import FusedTalkingHeadAttn
 from oversmoothing.remedies.attnscale import AttnScaleAttention, AttnScaleTalkingHeadAttn, attn_scale
 from oversmoothing.remedies.featscale import FeatScaleBlock, FeatScaleLayerScaleBlock, feat_scale
@@ -205,7 +206,7 @@ def test_every_kind_of_hook_on_the_projection_is_called(kind: str) -> None:
     assert calls == [nn.Linear]
 
 
-IDLE = ["drop_path1", "ls2", "attn.q_norm", "attn.norm", "attn.proj_drop", "mlp.drop1", "mlp.norm", "mlp.drop2"]
+IDLE = ["drop_path1", "ls2", "attn.q_norm", "attn.norm", "attn.proj_drop", "mlp", "mlp.drop1", "mlp.norm", "mlp.drop2"]
 
 
 @pytest.mark.parametrize("name", IDLE)
@@ -240,6 +241,22 @@ def test_layer_scale_at_its_start_is_not_lost_in_the_projection(dtype: torch.dty
     torch.testing.assert_close(gradient, block.gamma_1.grad, rtol=0, atol=0.02 * gradient.abs().max().item())
 
 
+@pytest.mark.parametrize(
+    "of_the_fold, of_the_block", [(None, "float16"), ("bfloat16", "float16"), ("float16", "bfloat16")]
+)
+def test_layer_scale_is_applied_once_where_precision_changes(of_the_fold: str | None, of_the_block: str | None) -> None:
+    """The fold holds LayerScale or not; the block goes by that."""
+
+    def autocast(name: str | None) -> torch.autocast:
+        return torch.autocast("cpu", getattr(torch, name or "float16"), enabled=name is not None)
+
+    block, x = FeatScaleLayerScaleBlock(DIM, HEADS, init_values=0.1), torch.randn(2, TOKENS, DIM)
+    y = 0.1 * dense_talking_heads(block.attn, x)
+    with autocast(of_the_fold), share_folds([(block, block.foldable())], x), autocast(of_the_block):
+        ours = block.scaled_branch(x)
+    torch.testing.assert_close(ours.float(), y, rtol=0, atol=0.02 * y.abs().max().item())
+
+
 def test_backward_keeps_no_branch_for_layer_scale() -> None:
     block, x = FeatScaleLayerScaleBlock(DIM, HEADS), torch.randn(2, TOKENS, DIM, requires_grad=True)
 
@@ -257,6 +274,44 @@ def test_backward_keeps_no_branch_for_layer_scale() -> None:
         return len(storages)
 
     assert branches_kept(fused=True) == 0 < branches_kept(fused=False)
+
+
+@pytest.mark.parametrize("name", ["drop_path1", "mlp", "mlp.drop1", "attn.proj"])
+def test_a_forward_of_the_instance_s_own_is_called(name: str) -> None:
+    """Libraries that move weights between devices put it there; so do quick experiments."""
+    block = randomise(FeatScaleBlock(DIM, HEADS, norm_layer=nn.LayerNorm))
+    module, x = block.get_submodule(name), torch.randn(2, TOKENS, DIM)
+    before, theirs = block(x), module.forward
+    module.forward = lambda *args: 0 * theirs(*args)
+    assert not torch.allclose(block(x), before)
+    del module.forward
+    torch.testing.assert_close(block(x), before)
+
+
+def test_a_module_that_was_compiled_alone_is_called() -> None:
+    block, graphs = randomise(FeatScaleBlock(DIM, HEADS)), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    block.mlp.compile(backend=backend)
+    block(torch.randn(2, TOKENS, DIM))
+    assert len(graphs) == 1
+
+
+def test_hooks_on_all_modules_see_those_that_do_nothing() -> None:
+    block, seen = FoldedBlock(DIM, HEADS), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.add(module))
+    block(torch.randn(2, TOKENS, DIM))
+    handle.remove()
+    assert {name for name, module in block.named_modules() if module not in seen} == {"attn.attn_drop"}  # SDPA's own
+
+
+def test_exported_graphs_name_the_mlp() -> None:
+    exported = torch.export.export(FoldedBlock(DIM, HEADS), (torch.randn(2, TOKENS, DIM),))
+    stacks = [node.meta.get("nn_module_stack", {}) for node in exported.graph.nodes]
+    assert any(path == "mlp" for stack in stacks for path, _ in stack.values())
 
 
 def test_graphs_of_fx_keep_modules_that_do_nothing_while_they_are_traced() -> None:
@@ -334,6 +389,22 @@ def test_talking_heads_as_the_last_of_a_checkpoint_let_the_rest_be_recorded_agai
     assert_same(torch.autograd.grad(again.sum(), tensors), expected, tolerance=0)
 
 
+def test_selective_checkpointing_notices_operators_that_write_into_a_tensor() -> None:
+    """It keeps the outputs of chosen operators; one that is written to afterwards would have wrong values."""
+    qkv, *others = random_talking_heads(torch.float64)
+
+    def policy(ctx, op, *args, **kwargs) -> torch.utils.checkpoint.CheckpointPolicy:
+        is_out = op is torch.ops.aten.add.out
+        return getattr(torch.utils.checkpoint.CheckpointPolicy, "MUST_SAVE" if is_out else "PREFER_RECOMPUTE")
+
+    contexts = partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, policy)
+    y = torch.utils.checkpoint.checkpoint(
+        lambda qkv: talking_heads.talking_heads(qkv, *others).square(), qkv, use_reentrant=False, context_fn=contexts
+    )
+    with pytest.raises(RuntimeError, match="mutated"):
+        y.sum().backward()
+
+
 def test_talking_heads_take_an_empty_batch() -> None:
     qkv, *others = random_talking_heads(torch.float32)
     empty = qkv.detach()[:, :0].requires_grad_()
@@ -369,6 +440,15 @@ def test_talking_heads_follow_autocast(dtype: torch.dtype) -> None:
         assert torch.equal(y, talking_heads.talking_heads(qkv.to(dtype), *others)) and y.dtype == dtype
         y.sum().backward()
         assert others[1].grad.dtype == torch.float32
+
+
+def test_a_backward_pass_under_autocast_is_that_of_the_forward_pass() -> None:
+    qkv, *others = random_talking_heads(torch.float32)
+    y = talking_heads.talking_heads(qkv, *others).square().sum()
+    (expected,) = torch.autograd.grad(y, qkv, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (ours,) = torch.autograd.grad(y, qkv)
+    assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("rms", [1e-1, 1e-4])

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -56,15 +57,20 @@ _last_state: dict[str, Tensor] = {}
 def golden_state(record: dict) -> dict[str, Tensor]:
     """The weights of the golden fill rule; tensors of the last call are used again, drawing them takes long."""
     fill, dtype = golden_rules().fill, torch.get_default_dtype()
-    state = {}
-    for key, shape, _ in record["state_dict"]:
-        tensor = _last_state.get(key)
-        if tensor is None or list(tensor.shape) != shape or tensor.dtype != dtype:
-            tensor = torch.from_numpy(fill(key, shape, 0)).to(dtype)
-        state[key] = tensor
+    shapes = {key: torch.Size(shape) for key, shape, _ in record["state_dict"]}
+    for key, tensor in list(_last_state.items()):
+        if tensor.shape != shapes.get(key) or tensor.dtype != dtype:
+            del _last_state[key]
+    for key, shape in shapes.items():
+        if key not in _last_state:
+            _last_state[key] = torch.from_numpy(fill(key, shape, 0)).to(dtype)
+    return dict(_last_state)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_the_last_state() -> Iterator[None]:
+    yield
     _last_state.clear()
-    _last_state.update(state)
-    return state
 
 
 def golden_model(name: str, record: dict) -> nn.Module:

@@ -1,11 +1,11 @@
-"""timm's transformer block and ``Mlp`` with less work for the host: modules that do nothing are not called."""
+"""timm's transformer block and ``Mlp``, with less work for the host: only the layers that do something are called."""
 
 import torch
 from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .folding import call, has_hooks
+from .folding import call, is_watched
 
 
 class FoldedBlock(Block):
@@ -42,8 +42,11 @@ def add_branches(block: Block, x: Tensor, y: Tensor) -> Tensor:
 
 
 def call_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
-    """``mlp(x)``, (B, N, C) -> (B, N, C); of timm's ``Mlp``, modules that do nothing are not called."""
-    if type(mlp) is not Mlp or has_hooks(mlp) or isinstance(x, torch.fx.Proxy):
+    """``mlp(x)``, (B, N, C) -> (B, N, C); of timm's ``Mlp``, only the layers that do something are called.
+
+    Where somebody would notice, ``mlp`` itself is called; compilers and exported graphs see it too.
+    """
+    if type(mlp) is not Mlp or is_watched(mlp, x) or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return mlp(x)
     x = call(mlp, "norm", call(mlp, "drop1", mlp.act(mlp.fc1(x))))
     return call(mlp, "drop2", mlp.fc2(x))

@@ -22,6 +22,7 @@ from timm.layers import Attention
 from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 
 def set_fused(model: nn.Module, enabled: bool) -> nn.Module:
@@ -45,21 +46,28 @@ def set_fused(model: nn.Module, enabled: bool) -> nn.Module:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether any hook is registered on ``module``: then it has to be called, reading its weight is not enough."""
-    kinds = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(kinds)
+    """Whether ``module`` has to be called, and reading its weight is not enough.
+
+    It has a hook, or a ``forward`` that belongs to the instance, or its call is compiled (``module.compile()``).
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module) or module._compiled_call_impl is not None
 
 
 def call(parent: nn.Module, name: str, x: Tensor) -> Tensor:
     """``parent.<name>(x)`` for an ``nn.Module``; identities, and dropout that is off, are not called.
 
-    A transformer has about eight of these in each block. Their calls take the host 1 to 3 us each, this one 0.3. A
-    module's own hooks are called as ever, and graphs of fx keep all modules; hooks on all modules of a process
-    (``register_module_forward_hook``) do not see those that are not called.
+    A transformer has about eleven of these in each block. Their calls take the host 1 to 3 us each, this one 0.4. They
+    are called where somebody would notice: hooks, also those on all modules of a process, and graphs of fx.
     """
     module = parent._modules[name]  # what nn.Module.__getattr__ looks up, after it has failed elsewhere
     idle = type(module) is nn.Identity or (type(module) is nn.Dropout and not (module.training and module.p))
-    return x if idle and not has_hooks(module) and not isinstance(x, torch.fx.Proxy) else module(x)
+    return x if idle and not is_watched(module, x) else module(x)
+
+
+def is_watched(module: nn.Module, x: Tensor) -> bool:
+    """Whether somebody would notice that ``module(x)`` is not called, though what it computes is computed."""
+    return has_hooks(module) or _has_any_global_hook() or isinstance(x, torch.fx.Proxy)
 
 
 def any_hooks(module: nn.Module) -> bool:
@@ -85,12 +93,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def can_fold(attn: nn.Module) -> bool:
-    """Whether fast paths are on and ``attn.proj`` is a bare linear: not wrapped (LoRA), parametrised or hooked."""
-    proj = attn.proj
-    return attn.fused_attn and type(proj) is nn.Linear and not has_hooks(proj)
-
-
 class Fold(NamedTuple):
     """A projection with everything affine that follows it: ``heads weight^T + means of_means^T + bias``.
 
@@ -100,11 +102,13 @@ class Fold(NamedTuple):
         weight: Shape (C, C_in).
         of_means: Shape (C, K C_in), acts on K vectors per image; None for K = 0.
         bias: Shape (C,), or None.
+        layer_scale: Whether LayerScale is among what follows.
     """
 
     weight: Tensor
     of_means: Tensor | None
     bias: Tensor | None
+    layer_scale: bool = False
 
     def project(self, heads: Tensor, means: Tensor | None) -> Tensor:
         """(B, N, C_in) and, for K > 0, (B, K C_in) -> (B, N, C)."""
@@ -142,6 +146,7 @@ class Foldable(NamedTuple):
         bias: Shape (C,), or None.
         parameters: The remedies' parameters.
         num_heads: Heads of the gains; 1 if no gain differs between heads.
+        layer_scale: Whether the gains hold LayerScale.
     """
 
     gains: Callable[..., Gains]
@@ -150,6 +155,7 @@ class Foldable(NamedTuple):
     bias: Tensor | None
     parameters: tuple[Tensor, ...] = ()
     num_heads: int = 1
+    layer_scale: bool = False
 
     def make(self) -> Fold:
         """Makes the fold."""
@@ -160,14 +166,22 @@ class Foldable(NamedTuple):
         if bias is not None and gains.shift is not None:
             bias = bias + gains.shift.to(bias.dtype)
         if gains.weight is None:
-            return Fold(self.weight, None, bias)
+            return Fold(self.weight, None, bias, self.layer_scale)
         factors = gains.weight, *gains.of_means
         if isinstance(self.weight, tuple):
             weight, *of_means = _Products.apply(self.num_heads, len(self.weight), *self.weight, *factors)
         else:
             weight, *of_means = (_times(self.weight, factor, self.num_heads) for factor in factors)
         of_means = torch.cat(of_means, dim=-1) if len(of_means) > 1 else of_means[0] if of_means else None
-        return Fold(weight, of_means, bias)
+        return Fold(weight, of_means, bias, self.layer_scale)
+
+
+def foldable_projection(attn: nn.Module) -> Foldable | None:
+    """``attn.proj`` alone; None with fast paths off, or if it is wrapped (LoRA), parametrised or hooked."""
+    proj = attn.proj
+    if not attn.fused_attn or type(proj) is not nn.Linear or has_hooks(proj):
+        return None
+    return Foldable(Gains, (), proj.weight, proj.bias)
 
 
 def _times(weight: Tensor, gain: Tensor, num_heads: int) -> Tensor:
@@ -247,20 +261,20 @@ def share_folds(foldables: Iterable[tuple[Hashable, Foldable]], x: Tensor) -> It
         return
     alike = defaultdict(dict)
     for key, foldable in foldables:
-        gains, settings, weight, bias, parameters, num_heads = foldable
+        gains, settings, weight, bias, parameters, num_heads, layer_scale = foldable
         # Other tensors, such as shards of a parameter, may only be touched in their layer.
         if parameters and _PLAIN.issuperset(map(type, (weight, bias, *parameters))):
             # The weight's shape and the settings decide the other shapes.
-            alike[gains, settings, num_heads, bias is None, weight.shape, weight.dtype][key] = foldable
+            alike[gains, settings, num_heads, layer_scale, bias is None, weight.shape, weight.dtype][key] = foldable
     dtype = autocast_dtype(x) if x.dtype != torch.float64 else None
     shared = {}
-    for (gains, settings, num_heads, no_bias, *_), group in alike.items():
-        _, _, weights, biases, parameters, _ = zip(*group.values(), strict=True)
+    for (gains, settings, num_heads, layer_scale, no_bias, *_), group in alike.items():
+        _, _, weights, biases, parameters, *_ = zip(*group.values(), strict=True)
         biases = None if no_bias else torch.stack(biases)
         parameters = tuple(torch.stack(tensors) for tensors in zip(*parameters, strict=True))
-        fold = Foldable(gains, settings, weights, biases, parameters, num_heads).make()
+        *fold, _ = Foldable(gains, settings, weights, biases, parameters, num_heads).make()
         each = ([None] * len(group) if t is None else t.to(dtype or t.dtype).unbind() for t in fold)
-        shared |= {key: Fold(*tensors) for key, *tensors in zip(group, *each, strict=True)}
+        shared |= {key: Fold(*tensors, layer_scale) for key, *tensors in zip(group, *each, strict=True)}
     token = _shared.set(shared)
     try:
         yield
@@ -337,7 +351,7 @@ class FoldedAttention(Attention):
 
     def foldable(self) -> Foldable | None:
         """The projection; subclasses fold their remedy in here."""
-        return Foldable(Gains, (), self.proj.weight, self.proj.bias) if can_fold(self) else None
+        return foldable_projection(self)
 
     def means(self, v: Tensor) -> Tensor | None:
         """The vectors that ``Fold.of_means`` acts on, from the values (B, num_heads, N, head_dim)."""

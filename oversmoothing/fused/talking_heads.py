@@ -22,7 +22,7 @@ from timm.models.cait import TalkingHeadAttn
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .folding import Foldable, Gains, can_fold, recorded
+from .folding import Foldable, foldable_projection, recorded
 
 # Size of one scratch buffer. On a CPU the four buffers of backward should stay in the cache (measured with 32 MB).
 # Elsewhere a chunk has to be so large that the launch of its kernels is negligible; this size is a guess, not measured:
@@ -67,7 +67,7 @@ class FusedTalkingHeadAttn(TalkingHeadAttn):
     @torch.jit.unused
     def foldable(self) -> Foldable | None:
         """The projection."""
-        return Foldable(Gains, (), self.proj.weight, self.proj.bias) if can_fold(self) else None
+        return foldable_projection(self)
 
     def heads(self, x: Tensor) -> Tensor:
         """The input of the projection, (B, N, C)."""
@@ -102,7 +102,7 @@ def _keys(*names: str) -> torch._C.DispatchKeySet:
 
 
 _AUTOCAST = _keys("AutocastCPU", "AutocastCUDA")
-_AUTOGRAD = _keys("AutogradCPU", "AutogradCUDA", "ADInplaceOrView")
+_BOTH = _AUTOCAST | _keys("AutogradCPU", "ADInplaceOrView")  # autograd's key is one for all devices
 
 
 # ---- the function ----------------------------------------------------------------------------------------------------
@@ -202,13 +202,16 @@ def _backward(gradients: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tup
 
 
 def _straight(function: Callable) -> Callable:
-    """``function``, whose operators go straight to their kernels: nothing is cast by autocast or recorded by autograd.
+    """``function``, whose operators go straight to their kernels: autocast casts nothing, autograd looks at nothing.
 
-    Inside of a node of autograd there is nothing to record; looking for it takes the host a tenth of the time.
+    Inside of a node of autograd there is nothing to record, and asking takes a tenth of the host's time in this node.
+    Dispatch modes, such as selective checkpointing, rely on what autograd notes of operators that write into a tensor.
     """
 
     def straight(*args):
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST | _AUTOGRAD):
+        if torch.compiler.is_compiling():  # compiled autograd, which cannot trace the guard and needs none
+            return function(*args)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST if torch._C._len_torch_dispatch_stack() else _BOTH):
             return function(*args)
 
     return straight

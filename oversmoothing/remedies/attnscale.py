@@ -24,7 +24,7 @@ from ..attention import Heads, register_kind
 from ..attention.cait import TalkingHeadsKind
 from ..attention.vit import PlainKind
 from ..attention.windows import SwinKind
-from ..fused.folding import Foldable, FoldedAttention, Gains, can_fold, shared_fold
+from ..fused.folding import Foldable, FoldedAttention, Gains, foldable_projection, shared_fold
 from ..fused.talking_heads import FusedTalkingHeadAttn
 from ..fused.windows import FoldedWindowAttention
 from .base import AttentionRemedy, Operator, register_remedy, uniform_map
@@ -78,12 +78,12 @@ class AttnScaleAttention(FoldedAttention):
     @torch.jit.unused
     def foldable(self) -> Foldable | None:
         """The projection with AttnScale in it; None with a norm or gate between them, or with dropout on the maps."""
-        if not can_fold(self) or self.gate is not None or type(self.norm) is not nn.Identity:
+        plain = foldable_projection(self)
+        if plain is None or self.gate is not None or type(self.norm) is not nn.Identity:
             return None
         if self.training and self.attn_drop.p > 0:
             return None
-        proj = self.proj
-        return Foldable(projection_gains, (), proj.weight, proj.bias, (self.lamb,), self.num_heads)
+        return Foldable(projection_gains, (), plain.weight, plain.bias, (self.lamb,), self.num_heads)
 
     def means(self, v: Tensor) -> Tensor:
         """The mean of the values, (B, num_heads * head_dim)."""
@@ -120,8 +120,8 @@ class AttnScaleTalkingHeadAttn(FusedTalkingHeadAttn):
 
     def second_mixing(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         """The mixing after the softmax with AttnScale in it, see ``mixing_gains``."""
-        weight, _, bias = shared_fold((self, num_tokens)) or self.foldable_mixing(num_tokens).make()
-        return weight, bias
+        fold = shared_fold((self, num_tokens)) or self.foldable_mixing(num_tokens).make()
+        return fold.weight, fold.bias
 
     @torch.jit.unused
     def foldable_mixing(self, num_tokens: int) -> Foldable:

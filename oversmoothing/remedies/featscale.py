@@ -7,7 +7,7 @@ With ``DC[y]`` the mean over the tokens and ``HC[y] = y - DC[y]``, each block ge
     y + gain (lamb1 * DC[y] + lamb2 * HC[y])                        (arXiv 2203.05962, FeatScale)
 
 ``feat_scale`` is this definition. ``projection_gains`` folds the same into ``proj``. The blocks use it if the attention
-layer allows it (``folding.can_fold``) and there is no dropout between ``proj`` and the mean; otherwise they call
+layer allows it (its ``foldable``) and there is no dropout between ``proj`` and the mean; otherwise they call
 ``fused_feat_scale``. With the projection, CaiT's block folds LayerScale, so backward need not keep the branch for
 its gradient; not in float16.
 """
@@ -234,7 +234,7 @@ class FeatScaleLayerScaleBlock(LayerScaleBlock):
             fold = folded(self)
             if fold is not None:
                 y = _project(fold, *self.attn.unprojected(x))
-                return y if _folds_layer_scale(fold.weight) else self.gamma_1 * y
+                return y if fold.layer_scale else self.gamma_1 * y
         y = self.attn(x)
         if self.fused_attn:
             return self.gamma_1 * fused_feat_scale(y, self.lamb1, self.lamb2, self.gain)
@@ -246,8 +246,10 @@ class FeatScaleLayerScaleBlock(LayerScaleBlock):
         foldable = _foldable(self, self.fused_attn)
         if foldable is None or not _folds_layer_scale(foldable.weight):
             return foldable
-        settings, parameters = (foldable.gains, foldable.settings), (self.gamma_1, *foldable.parameters)
-        return foldable._replace(gains=layer_scale_gains, settings=settings, parameters=parameters)
+        gains, settings, weight, bias, parameters, num_heads, _ = foldable
+        return Foldable(
+            layer_scale_gains, (gains, settings), weight, bias, (self.gamma_1, *parameters), num_heads, layer_scale=True
+        )
 
 
 class FeatScaleSwinBlock(SwinTransformerBlock):
@@ -323,6 +325,7 @@ class FeatScale(BranchRemedy):
     cost = "one pass over the branch; less where the projection does it"
     native = {
         Block: FeatScaleBlock,
+        FoldedBlock: FeatScaleBlock,
         LayerScaleBlock: FeatScaleLayerScaleBlock,
         SwinTransformerBlock: FeatScaleSwinBlock,
     }
