@@ -152,20 +152,20 @@ def _gradients(
     if qkv.numel() == 0:  # an empty batch
         return torch.zeros_like(qkv), torch.zeros_like(w_l), torch.zeros_like(w_w), torch.zeros_like(b_w)
     dy = dy.transpose(1, 2)
-    dqkv = torch.empty_like(qkv)
+    dqkv = _empty_gradient(qkv)
     mix_l, mix_w = w_l.to(qkv.dtype), w_w.to(qkv.dtype)
     dw_l = dw_w = None
     sum_dy, zero, factor = _sum_tokens(dy), qkv.new_zeros(()), _gradient_factor(qkv)
-    dv_offset = b_w[:, None, None] * sum_dy
+    dv_offset = (b_w[:, None, None] * sum_dy).to(qkv.dtype)
     for images, rows, q, k, v, (scores, attn, mixed, grad) in _chunks(qkv, num_buffers=4):
-        dq, dk, dv = dqkv[:, images].unbind()
+        dq, dk, dv = dqkv[:, images].flatten(1, 2).unbind()
         part = dy[images, :, rows].flatten(0, 1)
         first = rows.start == 0
         _scores(q, k, scale, out=scores)
         _mix(mix_l, scores, out=mixed)
         torch.softmax(mixed.maps, dim=-1, out=attn.maps)
         _mix(mix_w, attn, out=mixed)
-        torch.add(dv_offset[images] if first else dv, torch.bmm(mixed.maps.mT, part).view(dv.shape), out=dv)
+        torch.baddbmm(dv_offset[images].flatten(0, 1) if first else dv, mixed.maps.mT, part, out=dv)
 
         torch.bmm(part, v.mT, out=grad.maps)
         dw_w = _mix_gradient(dw_w, grad, attn)
@@ -173,9 +173,9 @@ def _gradients(
         _softmax_gradient(mixed.maps, attn.maps, factor, zero, out=grad.maps)
         dw_l = _mix_gradient(dw_l, grad, scores)
         _mix(mix_l.T, grad, out=mixed)
-        dq = dq[:, :, rows]
-        torch.mul(torch.bmm(mixed.maps, k).view(dq.shape), scale / factor, out=dq)
-        torch.add(zero if first else dk, torch.bmm(mixed.maps.mT, q).view(dk.shape), alpha=scale / factor, out=dk)
+        dq = dq[:, rows]
+        torch.baddbmm(dq, mixed.maps, k, beta=0, alpha=scale / factor, out=dq)
+        torch.baddbmm(dk, mixed.maps.mT, q, beta=0 if first else 1, alpha=scale / factor, out=dk)
     db_w = torch.sum(sum_dy * _sum_tokens(qkv[2]), dim=(0, 2, 3))
     return dqkv, (dw_l / factor).to(w_l.dtype), dw_w.to(w_w.dtype), db_w.to(b_w.dtype)
 
@@ -183,6 +183,10 @@ def _gradients(
 def _empty_output(qkv: Tensor, *other: object) -> Tensor:
     _, B, H, N, D = qkv.shape
     return qkv.new_empty(B, N, H, D)
+
+
+def _empty_gradient(qkv: Tensor) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)  # (images, heads) as one dimension is a view
 
 
 def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
@@ -240,7 +244,7 @@ operator.register_fake(_empty_output)
 
 @_backward_operator.register_fake
 def _(dy, qkv, scale, w_l, w_w, b_w):
-    return torch.empty_like(qkv), torch.empty_like(w_l), torch.empty_like(w_w), torch.empty_like(b_w)
+    return _empty_gradient(qkv), torch.empty_like(w_l), torch.empty_like(w_w), torch.empty_like(b_w)
 
 
 operator.register_autograd(_backward(_backward_operator), setup_context=_setup_context)
