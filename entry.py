@@ -6,12 +6,12 @@ During all that time a command answers Ctrl-C and the signals of a cluster with 
 
 import atexit
 import errno
+import gc
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
@@ -28,7 +28,19 @@ def launcher_rank() -> str:
     return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
 
 
-def answer_signals(importing: bool = True) -> None:
+def begin() -> None:
+    """The first call of a command, before its imports; :func:`run` is the last.
+
+    Signals are answered. The imports take less time: the garbage collector waits, which would look again and again
+    through the million objects that torch and timm make and keep; and wandb, which timm imports for a function that is
+    not used here, seems not to be installed.
+    """
+    _answer_signals()
+    gc.disable()
+    sys.modules.setdefault("wandb", None)  # importing it raises ImportError
+
+
+def _answer_signals(importing: bool = True) -> None:
     """Ctrl-C ends the process with a sentence, SIGTERM and SIGUSR1 end it as a preemption.
 
     Args:
@@ -38,18 +50,6 @@ def answer_signals(importing: bool = True) -> None:
         signal.signal(signal.SIGINT, _end_interrupted if importing else _interrupt)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _end_preempted)
-
-
-@contextmanager
-def not_installed(package: str) -> Iterator[None]:
-    """Within the context, importing ``package`` fails as if it were not installed; what is imported already stays."""
-    before = sys.modules.get(package)
-    sys.modules[package] = before  # None: importing it raises ImportError
-    try:
-        yield
-    finally:
-        if before is None:
-            del sys.modules[package]
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -141,7 +141,11 @@ def run(command: Callable[[], int | None]) -> NoReturn:
     Args:
         command: Returns its exit code; None: 0.
     """
-    answer_signals(importing=False)
+    _answer_signals(importing=False)
+    gc.freeze()  # what was imported stays: the collector never looks at it
+    gc.enable()
+    if "wandb" in sys.modules and sys.modules["wandb"] is None:
+        del sys.modules["wandb"]
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is not None:  # None where it was closed
             stream.reconfigure(errors="backslashreplace")

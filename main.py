@@ -9,10 +9,7 @@
 import entry
 
 if __name__ == "__main__":
-    entry.answer_signals()  # during the imports below, which take seconds
-
-with entry.not_installed("wandb"):  # timm imports it for a function that is not used here, an eighth of the start
-    import timm.utils  # noqa: F401
+    entry.begin()  # before the imports below, which take seconds
 
 import argparse
 import json

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import entry
 
 if __name__ == "__main__":
-    entry.answer_signals()
+    entry.begin()  # before the imports below, which take seconds
 
 from torchvision.datasets.imagenet import (
     ARCHIVE_META,

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 import entry
 
 if __name__ == "__main__":
-    entry.answer_signals()  # during the imports below, which take seconds
+    entry.begin()  # before the imports below, which take seconds
 
 import timm
 import torch

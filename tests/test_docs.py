@@ -259,7 +259,7 @@ def in_this_process() -> contextlib.AbstractContextManager:
     def leave(command: Callable[[], int | None]) -> None:
         sys.exit(command() or 0)
 
-    return patch.multiple(entry, run=leave, answer_signals=lambda importing=True: None)
+    return patch.multiple(entry, run=leave, begin=lambda: None)
 
 
 def run_python(words: list[str], script: str | None = None, **variables: str) -> str:

@@ -1,6 +1,5 @@
 """How a process begins and ends: signals before training, streams that nobody reads, exit codes."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -129,18 +128,37 @@ def test_a_lone_rank_leaves_with_its_own_exit_code(tmp_path: Path) -> None:
 
 
 def test_main_starts_without_packages_that_only_some_runs_need() -> None:
-    program = (
-        "import main, sys; sys.exit(' '.join({'wandb', 'tensorboard', 'transformers', 'pandas'} & {*sys.modules}))"
-    )
+    names = "wandb", "tensorboard", "transformers", "pandas"
+    program = f"import entry, sys; entry.begin(); import main; sys.exit(' '.join(filter(sys.modules.get, {names})))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == "\n"
 
 
-def test_a_package_can_be_hidden_from_what_imports_it_if_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
-    with entry.not_installed("colorsys"), pytest.raises(ImportError):
-        import colorsys  # noqa: F401
-    assert "colorsys" not in sys.modules and importlib.util.find_spec("colorsys")
-    with entry.not_installed("json"):  # imported already
-        import json
-    assert sys.modules["json"] is json
+def test_the_garbage_collector_waits_for_the_imports_and_leaves_them_alone() -> None:
+    code = """
+import gc
+entry.begin()
+waited, imported = not gc.isenabled(), []
+entry.run(lambda: 7 if waited and gc.isenabled() and not any(o is imported for o in gc.get_objects()) else 1)
+"""
+    assert python(code).returncode == 7
+
+
+@pytest.mark.parametrize("imported", [True, False])
+def test_wandb_is_hidden_from_imports_unless_it_is_there_already(imported: bool, tmp_path: Path) -> None:
+    (tmp_path / "wandb.py").write_text("")
+    code = f"""
+sys.path.insert(0, {str(tmp_path)!r})
+{"import wandb" if imported else ""}
+entry.begin()
+try:
+    import wandb
+    hidden = False
+except ImportError:
+    hidden = True
+def command():
+    import wandb
+    return 7 if hidden else 8
+entry.run(command)
+"""
+    assert python(code).returncode == (8 if imported else 7)
