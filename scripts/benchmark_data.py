@@ -27,15 +27,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import entry
+
+if __name__ == "__main__":
+    entry.begin()  # before the imports below, which take seconds
+
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 from sklearn.datasets import load_sample_images
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import datasets
-import entry
 import fastload
 import samplers
 from readers import shards

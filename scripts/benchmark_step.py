@@ -23,16 +23,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import entry
+
+if __name__ == "__main__":
+    entry.begin()  # before the imports below, which take seconds
+
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import build
 import datasets
 import engine
-import entry
 import fastload
 import options
 import utils

@@ -17,12 +17,16 @@ import sys
 import time
 from pathlib import Path
 
-import submitit
-from submitit.core.utils import UncompletedJobError
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, so it runs from any folder
 
 import entry
+
+if __name__ == "__main__":
+    entry.begin()  # before the imports below, which take seconds
+
+import submitit
+from submitit.core.utils import UncompletedJobError
+
 from build import check_model_names
 from entry import EXIT_BAD_INPUT, EXIT_PREEMPTED
 from options import ArgumentError, check_args

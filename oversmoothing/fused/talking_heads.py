@@ -150,7 +150,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``qkv``, ``w_l``, ``w_w`` and ``b_w``, each in its dtype; ``dy`` is the gradient of the output."""
     if qkv.numel() == 0:  # an empty batch
-        return torch.zeros_like(qkv), torch.zeros_like(w_l), torch.zeros_like(w_w), torch.zeros_like(b_w)
+        return _empty_gradient(qkv).zero_(), torch.zeros_like(w_l), torch.zeros_like(w_w), torch.zeros_like(b_w)
     dy = dy.transpose(1, 2)
     dqkv = _empty_gradient(qkv)
     mix_l, mix_w = w_l.to(qkv.dtype), w_w.to(qkv.dtype)

@@ -123,7 +123,8 @@ def _foldable(block: nn.Module, enabled: bool, windows: bool = False) -> Foldabl
         not enabled
         or not hasattr(attn, "foldable")
         or has_hooks(attn)
-        or (block.training and attn.proj_drop.p > 0)
+        or has_hooks(dropout := attn.proj_drop)
+        or (block.training and dropout.p > 0)
         or (inner := attn.foldable()) is None
     ):
         return None
