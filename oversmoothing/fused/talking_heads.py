@@ -47,7 +47,8 @@ class FusedTalkingHeadAttn(TalkingHeadAttn):
     """timm's ``TalkingHeadAttn``, faster and with less memory; fits the ``attn_block`` slot of timm's ``Cait``.
 
     With dropout on the attention weights, in TorchScript, under fx and with ``fused_attn = False`` it makes the maps as
-    tensors. Arguments as timm's.
+    tensors. The weights of ``proj_l`` and ``proj_w`` are read, the modules are not called: hooks on them do nothing.
+    Arguments as timm's.
     """
 
     fused_attn: torch.jit.Final[bool]
