@@ -101,7 +101,8 @@ def test_kills_at_random_moments_change_no_bit(recipe: tuple, uninterrupted: Pat
     while sum(kills.values()) < KILLS:  # a run that finishes before it has been killed often enough is repeated
         folder = tmp_path / f"run-{runs}"
         folder.mkdir()
-        flags = (*recipe, "--num_workers", 1, "--checkpoint-steps", 3, "--output_dir", folder)
+        # A rank whose rank 0 was killed before they met can only wait for it; a launcher would end it.
+        flags = (*recipe, "--num_workers", 1, "--checkpoint-steps", 3, "--output_dir", folder, "--dist-timeout", 30)
         while not _killed_run_has_finished(flags, folder, rng, kills):
             pass
         assert_same_results(folder, uninterrupted)
